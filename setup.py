@@ -1,0 +1,59 @@
+"""Build the native module with CMake; all metadata is in pyproject.toml.
+
+Environment variables read at build time:
+
+    CAPO_NATIVE = auto | on | off   the C++ module: where there is a compiler (default), or an error without one, or never
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def wants_native() -> bool:
+    choice = os.environ.get("CAPO_NATIVE", "auto").lower()
+    if choice not in ("auto", "on", "off"):
+        raise SystemExit(f"CAPO_NATIVE={choice!r}: expected auto, on or off")
+    compiler = os.environ.get("CXX", "").split() or ["c++", "g++", "clang++"]
+    found = any(shutil.which(name) for name in (compiler[:1] if "CXX" in os.environ else compiler))
+    if choice == "on" and not found:
+        raise SystemExit("CAPO_NATIVE=on, but no C++ compiler was found: install one (g++ or clang++) or set CXX")
+    if choice == "auto" and not found:
+        print("capo: no C++ compiler found, installing without the native module", file=sys.stderr)
+    return choice != "off" and found
+
+
+class CMakeBuild(build_ext):
+    """Configure and build CMakeLists.txt; the module lands where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-GNinja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCAPO_OUTPUT={output.parent}",
+            f"-DCAPO_MODULE_FILE={output.name}",
+        ]  # fmt: skip
+        subprocess.check_call(configure)
+        subprocess.check_call(["cmake", "--build", str(build)])
+
+
+NATIVE = wants_native()
+setup(
+    packages=["capo", "capo.kernels"],
+    package_dir={"capo": "capo", "capo.kernels": "kernels"},
+    package_data={"capo": ["py.typed"]},
+    ext_modules=[Extension("capo._native", sources=[])] if NATIVE else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
