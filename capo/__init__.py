@@ -23,14 +23,21 @@ _EXPORTS = {
     "use_backend": "capo.backends",
 }
 _MODULES = ("critique", "reference", "verify")
-__all__ = [*_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
-    from capo import critique, reference, verify
-    from capo.backends import use_backend
-    from capo.credit import Credit, CreditRule
-    from capo.losses import LossRule, PolicyLoss, logprobs, policy_loss
-    from capo.steps import Steps, TokenBytes, segment
+    from capo import critique as critique
+    from capo import reference as reference
+    from capo import verify as verify
+    from capo.backends import use_backend as use_backend
+    from capo.credit import Credit as Credit
+    from capo.credit import CreditRule as CreditRule
+    from capo.losses import LossRule as LossRule
+    from capo.losses import PolicyLoss as PolicyLoss
+    from capo.losses import logprobs as logprobs
+    from capo.losses import policy_loss as policy_loss
+    from capo.steps import Steps as Steps
+    from capo.steps import TokenBytes as TokenBytes
+    from capo.steps import segment as segment
 
 
 def __getattr__(name: str):
@@ -44,4 +51,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_EXPORTS, *_MODULES])

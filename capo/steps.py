@@ -32,7 +32,9 @@ class Steps:
                 raise ValueError(f"Steps: {name} must be a 1-D int32 or int64 tensor, got {_describe(value)}")
             object.__setattr__(self, name, value.to(torch.int64).contiguous())
         if self.starts.shape != self.ends.shape:
-            raise ValueError(f"Steps: starts {list(self.starts.shape)} and ends {list(self.ends.shape)} differ in length")
+            raise ValueError(
+                f"Steps: starts {list(self.starts.shape)} and ends {list(self.ends.shape)} differ in length"
+            )
         if self.cu_steps.numel() == 0:
             raise ValueError("Steps: cu_steps is empty; for B responses it has B + 1 entries, the first of them 0")
 
@@ -42,4 +44,6 @@ class Steps:
 
 
 def _describe(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.80}"
+    return (
+        f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.80}"
+    )

@@ -1,0 +1,89 @@
+"""Which kernels run.
+
+A backend is a namespace with one function per op, the same names and signatures in each:
+
+    native   capo.native      C++ for CPU tensors
+    triton   capo.kernels     Triton
+    torch    capo.reference   plain PyTorch, everywhere
+
+``use_backend("torch")`` chooses inside a block, the environment variable ``CAPO_BACKEND`` for the process; ``auto`` takes
+the first that can run. A backend that cannot run is an error that says why, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = {"native": "capo.native", "triton": "capo.kernels", "torch": "capo.reference"}
+
+_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("capo_backend", default=None)
+
+
+@functools.cache
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot run on a kind of device; None if it can."""
+    if backend == "native":
+        try:
+            importlib.import_module("capo._native")
+        except ImportError as error:
+            return f"the native module is not there ({error}); reinstall with a C++ compiler"
+        return None if device_type == "cpu" else f"the native module has no kernels for {device_type}"
+    if backend == "triton":
+        return "this version has no Triton kernels"
+    return None
+
+
+@functools.cache
+def available(device_type: str) -> tuple[str, ...]:
+    """Names of the backends that run on this kind of device, the preferred one first."""
+    return tuple(name for name in BACKENDS if why_not(name, device_type) is None)
+
+
+def chosen(device_type: str) -> str:
+    """Name of the backend that runs on this kind of device under the present choice."""
+    choice = _choice.get() or os.environ.get("CAPO_BACKEND", "auto")
+    if choice == "auto":
+        return available(device_type)[0]
+    _check_name(choice)
+    reason = why_not(choice, device_type)
+    if reason is not None:
+        raise RuntimeError(
+            f"backend {choice!r} cannot run on {device_type}: {reason}; available: {', '.join(available(device_type))}"
+        )
+    return choice
+
+
+def kernel(name: str, device: torch.device) -> Callable:
+    """The function ``name`` of the backend that runs on this device."""
+    return getattr(importlib.import_module(BACKENDS[chosen(device.type)]), name)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops of one backend inside this block.
+
+    Args:
+        name: ``native``, ``triton``, ``torch`` or ``auto``.
+
+    Raises:
+        ValueError: no backend of that name. (RuntimeError at the first op, if it cannot run on the op's device.)
+    """
+    if name != "auto":
+        _check_name(name)
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"no backend {name!r}; there are auto, {', '.join(BACKENDS)}")

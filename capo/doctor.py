@@ -1,0 +1,53 @@
+"""What ``capo doctor`` shows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import capo
+from capo import backends
+
+EXTRAS = {
+    "score": ("pyarrow", "tokenizers"),
+    "train": ("transformers", "safetensors", "matplotlib"),
+}
+
+
+def report(console: Console | None = None) -> None:
+    """Print versions, the backends of each device with the reason where one cannot run, and the optional packages."""
+    console = console or Console()
+    console.print(f"capo {capo.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    console.print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, instruction set: {_isa()}")
+    table = Table("device", "backend", "state")
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        for name in backends.BACKENDS:
+            reason = backends.why_not(name, device)
+            default = " (default)" if name == backends.available(device)[0] else ""
+            table.add_row(device, name, f"ready{default}" if reason is None else f"not available: {reason}")
+    console.print(table)
+    for extra, packages in EXTRAS.items():
+        found = {name: _version(name) for name in packages}
+        missing = [name for name, version in found.items() if version is None]
+        state = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
+        hint = f"; missing: {', '.join(missing)} (pip install 'capo[{extra}]')" if missing else ""
+        console.print(f"{extra}: {state}{hint}", markup=False)
+
+
+def _isa() -> str:
+    try:
+        from capo import _native
+    except ImportError:
+        return "none (no native module)"
+    return _native.isa() if hasattr(_native, "isa") else "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

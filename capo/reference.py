@@ -1,0 +1,439 @@
+"""Every formula of capo in plain PyTorch, slow and obvious: the specification that all backends are tested against.
+
+In float64 it is the truth. ``credit``, ``policy_loss``, ``logprobs`` and ``scale_`` at the end make it a backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from capo.credit import CreditRule
+from capo.losses import LossRule
+
+# ---- credit
+
+
+def step_weights(votes: Tensor, vote: str) -> Tensor:
+    """Weight of each step from its votes. int8 [M, K] -> float64 [M]
+
+    Only valid votes count, n of them, c flagging; without any the weight is 0 (paper, section 3.1 and appendix E).
+    """
+    n = (votes >= 0).sum(1)
+    c = (votes == 1).sum(1)
+    weights = {
+        "majority": (2 * c >= n).double(),
+        "strict_majority": (2 * c > n).double(),
+        "intersection": (c == n).double(),
+        "union": (c >= 1).double(),
+        "average": c.double() / n.clamp(min=1),
+    }[vote]
+    return torch.where(n > 0, weights, 0.0)
+
+
+class _Response:
+    """One response, its tokens counted from 0."""
+
+    def __init__(self, index, outcomes, weights, starts, ends, cu_steps, cu_seqlens):
+        first, last = int(cu_seqlens[index]), int(cu_seqlens[index + 1])
+        steps = slice(int(cu_steps[index]), int(cu_steps[index + 1]))
+        self.tokens, self.length = slice(first, last), last - first
+        self.outcome = float(outcomes[index])
+        self.right = self.outcome > 0
+        self.weights = weights[steps].tolist()
+        self.flagged = [weight >= 0.5 for weight in self.weights]
+        self.ranges = [(int(s) - first, int(e) - first) for s, e in zip(starts[steps], ends[steps], strict=True)]
+        self.zeros = torch.zeros(self.length, dtype=torch.float64, device=outcomes.device)
+
+    def token_rewards(self, rule: CreditRule) -> tuple[float, Tensor]:
+        """The reward of a token outside all steps, and those of all tokens. float64 [length]"""
+        c, p = rule.outcome_weight, rule.process_weight
+        if rule.reward == "step":  # paper, Eq. 1
+            base = c * self.outcome
+            rewards = self.zeros + base
+            if p > 0:
+                for (start, end), weight in zip(self.ranges, self.weights, strict=True):
+                    rewards[start:end] = base - p * weight
+        elif rule.reward == "prefix":  # VPPO
+            base = c if self.right else p
+            rewards = self.zeros + base
+            if not self.right and any(self.flagged):
+                rewards[self.ranges[self.flagged.index(True)][0] :] = 0.0
+        elif rule.reward == "flawed":  # FAPO
+            base = (c - p if any(self.flagged) else c) if self.right else -c
+            rewards = self.zeros + base
+        else:
+            raise ValueError(f"reward={rule.reward!r} is not a reward of tokens")
+        return base, rewards
+
+
+def token_advantages(
+    outcomes: Tensor,
+    votes: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    cu_steps: Tensor,
+    cu_seqlens: Tensor,
+    groups: Tensor,
+    rule: CreditRule,
+) -> Tensor:
+    """Advantage of every token; statistics are taken on token tensors, group by group. float64 [N]"""
+    weights = step_weights(votes, rule.vote)
+    advantages = torch.zeros(int(cu_seqlens[-1]), dtype=torch.float64, device=outcomes.device)
+    for group in groups.unique():
+        members = [
+            _Response(i, outcomes, weights, starts, ends, cu_steps, cu_seqlens)
+            for i in (groups == group).nonzero()[:, 0].tolist()
+            if not outcomes[i].isnan()
+        ]
+        if members:
+            for member, values in zip(members, _group_advantages(members, rule), strict=True):
+                limit = float("inf") if rule.clamp is None else rule.clamp
+                advantages[member.tokens] = values.clamp(-limit, limit)
+    return advantages
+
+
+def _group_advantages(members: list[_Response], rule: CreditRule) -> list[Tensor]:
+    """Advantages of the tokens of each response of one group."""
+    zeros = [member.zeros for member in members]
+    if rule.reward == "step_suffix":
+        return _step_suffix_advantages(members, rule)
+    if rule.reward == "share":
+        return _share_advantages(members, rule)
+
+    bases, rewards = zip(*(member.token_rewards(rule) for member in members), strict=True)
+    tokens = torch.cat(rewards)
+    if rule.normalize in ("group_tokens", "group_mean"):
+        if tokens.numel() == 0 or tokens.max() == tokens.min():
+            return zeros
+        std = 1.0 if rule.normalize == "group_mean" else max(float(tokens.std(correction=0)), rule.std_floor)
+        return [(r - tokens.mean()) / std for r in rewards]
+
+    means = torch.stack([_mean(r, base) for r, base in zip(rewards, bases, strict=True)])
+    if _spread(torch.cat([tokens, means])) == 0:
+        return zeros
+    if rule.normalize == "responses_mean":
+        return [r - means.mean() for r in rewards]
+    if len(members) == 1:
+        return zeros
+    if rule.normalize == "leave_one_out":
+        return [r - (means.sum() - mean) / (len(members) - 1) for r, mean in zip(rewards, means, strict=True)]
+    if _spread(means) == 0:
+        return zeros
+    return [(r - means.mean()) / max(float(means.std()), rule.std_floor) for r in rewards]
+
+
+def _step_suffix_advantages(members: list[_Response], rule: CreditRule) -> list[Tensor]:
+    """DeepSeekMath's process supervision: normalised step rewards, summed over the steps that end after the token."""
+    rewards = [
+        [rule.outcome_weight * member.outcome - rule.process_weight * weight for weight in member.weights]
+        for member in members
+    ]
+    steps = torch.tensor([r for response in rewards for r in response], dtype=torch.float64)
+    if steps.numel() == 0 or steps.max() == steps.min():
+        return [member.zeros for member in members]
+    mean, std = float(steps.mean()), max(float(steps.std(correction=0)), rule.std_floor)
+    result = []
+    for member, response in zip(members, rewards, strict=True):
+        values = member.zeros.clone()
+        for (_, end), reward in zip(member.ranges, response, strict=True):
+            values[:end] += (reward - mean) / std
+        result.append(values)
+    return result
+
+
+def _share_advantages(members: list[_Response], rule: CreditRule) -> list[Tensor]:
+    """PAPO: normalised outcome, plus the share of unflagged steps normalised over the right responses."""
+    outcome = _normalized([member.outcome for member in members], rule.std_floor)
+    right = [member for member in members if member.right]
+    shares = [1.0 - sum(m.flagged) / len(m.flagged) if m.flagged else 1.0 for m in right]
+    process = dict(zip(map(id, right), _normalized(shares, rule.std_floor), strict=True))
+    return [
+        member.zeros + (rule.outcome_weight * o + rule.process_weight * process.get(id(member), 0.0))
+        for member, o in zip(members, outcome, strict=True)
+    ]
+
+
+def _normalized(values: list[float], std_floor: float) -> list[float]:
+    """(x - mean) / sample std; zeros where all are equal or there is but one."""
+    x = torch.tensor(values, dtype=torch.float64)
+    if x.numel() < 2 or _spread(x) == 0:
+        return [0.0] * x.numel()
+    return ((x - x.mean()) / max(float(x.std()), std_floor)).tolist()
+
+
+def _mean(rewards: Tensor, base: float) -> Tensor:
+    """Mean over tokens; exactly their value if they are equal, and the base reward of an empty response."""
+    if rewards.numel() == 0:
+        return torch.tensor(base, dtype=torch.float64, device=rewards.device)
+    return rewards[0] if rewards.max() == rewards.min() else rewards.mean()
+
+
+def _spread(values: Tensor) -> float:
+    """max - min; 0 if that is within the rounding of the means among the values."""
+    spread = float(values.max() - values.min())
+    return 0.0 if spread <= 1e-12 * float(values.abs().max()) else spread
+
+
+# ---- policy loss
+
+LOG_RATIO_LIMIT = 20.0  # beyond it exp() is held and has no gradient, as in verl
+
+
+def label_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of each row, differentiable. [N], [N]
+
+    Computed in float64 for float64 logits, else in float32.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    log_normalizer = z.logsumexp(-1)
+    logp = z.gather(-1, labels[:, None])[:, 0] - log_normalizer
+    finite = z.clamp(min=torch.finfo(z.dtype).min)  # 0 * -inf has no place in a mean
+    entropy = log_normalizer - (z.softmax(-1) * finite).sum(-1)
+    return logp, entropy
+
+
+class _Live:
+    """The live tokens of a batch: what the loss of a token is made of, [L] each."""
+
+    def __init__(
+        self, logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
+    ):
+        lengths = cu_seqlens.diff()
+        response = torch.repeat_interleave(torch.arange(len(lengths), device=logits.device), lengths)
+        active = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+        counts = torch.zeros_like(lengths).index_add(0, response[active], torch.ones_like(response[active]))
+        self.rows = active & live_tokens(advantages, active, response, len(lengths), rule)
+        self.logits, self.labels, self.response = logits[self.rows], labels[self.rows], response[self.rows]
+        self.logp, self.entropy = label_logprobs(self.logits, self.labels, rule.temperature)
+        dtype = self.logp.dtype
+        self.num_responses, self.num_active = len(lengths), active.sum().clamp(min=1)
+        self.counts = counts[self.response]  # active tokens of the token's response
+        self.advantages = advantages[self.rows].to(dtype)
+        self.old = None if old_logprobs is None else old_logprobs[self.rows].to(dtype)
+        self.ref = None if ref_logprobs is None else ref_logprobs[self.rows].to(dtype)
+        self.rollout = None if rollout_logprobs is None else rollout_logprobs[self.rows].to(dtype)
+        if rule.reduce == "sequence_mean":
+            self.weights = 1 / (self.counts * self.num_responses).to(dtype)
+        elif rule.reduce == "token_mean":
+            self.weights = 1 / self.num_active.to(dtype)
+        else:
+            self.weights = torch.tensor(1 / rule.constant, dtype=dtype, device=logits.device)
+
+    def response_mean(self, values: Tensor) -> Tensor:
+        """Mean of token values over each token's response."""
+        total = values.new_zeros(self.num_responses).index_add(0, self.response, values)
+        return total[self.response] / self.counts
+
+    def ratio(self, rule: LossRule) -> tuple[Tensor, Tensor]:
+        """Probability ratio of each token, and whether a gradient goes through it."""
+        # A label of probability 0 has no gradient through the ratio, and on-policy its ratio is 1 like any other.
+        possible = ~self.logp.isneginf()
+        own = torch.where(possible, self.logp - self.logp.detach(), 0.0)
+        log_ratio = own if self.old is None else torch.where(possible, self.logp, self.logp.detach()) - self.old
+        if rule.ratio == "sequence":
+            log_ratio = self.response_mean(log_ratio)
+        elif rule.ratio == "sequence_token":
+            log_ratio = self.response_mean(log_ratio).detach() + own
+        inside = ~(log_ratio.abs() > LOG_RATIO_LIMIT)
+        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), inside
+
+    def clip(self, ratio: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, Tensor]:
+        """Ratio held inside the clip range, whether clipping decides the loss, and whether the dual clip does."""
+        low, high = torch.tensor([1 - rule.clip_low, 1 + rule.clip_high], dtype=ratio.dtype).tolist()
+        bounded = ratio.detach().clamp(low, high)
+        if rule.objective == "cispo":
+            return bounded, bounded != ratio, torch.zeros_like(ratio, dtype=torch.bool)
+        clipped = bounded * self.advantages < ratio * self.advantages
+        dual = (self.advantages < 0) & (ratio > (rule.clip_dual or float("inf")))
+        return bounded, clipped, dual
+
+    def importance(self, rule: LossRule) -> Tensor | float:
+        """Truncated importance weight of the sampler/trainer mismatch, without gradient."""
+        if rule.importance_cap is None:
+            return 1.0
+        mismatch = (self.logp.detach() if self.old is None else self.old) - self.rollout
+        return mismatch.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=rule.importance_cap)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the live tokens in a row per token, 0 elsewhere. [N]"""
+        return values.new_zeros(len(self.rows)).masked_scatter(self.rows, values.detach())
+
+
+def policy_loss_terms(
+    logits: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    cu_seqlens: Tensor,
+    rule: LossRule,
+    ref_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (differentiable), logprobs, entropy, clip fraction and KL; see ``capo.policy_loss`` for the arguments.
+
+    Masked and dead tokens are left out by selection, so nothing in them can reach the result.
+    """
+    live = _Live(logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs)
+    ratio, _ = live.ratio(rule)
+    bounded, clipped, dual = live.clip(ratio, rule)
+    if rule.objective == "cispo":
+        loss = -bounded * live.advantages * live.logp
+    else:
+        loss = -torch.where(clipped, bounded, ratio) * live.advantages
+        loss = torch.where(dual, -(rule.clip_dual or 0.0) * live.advantages, loss)
+    loss = loss * live.importance(rule)
+    kl = torch.zeros_like(loss)
+    if rule.kl_coef > 0:
+        d = live.logp - live.ref
+        limited = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        kl = {"k1": d, "k2": d * d / 2, "k3": torch.exp(-limited) + limited - 1}[rule.kl]
+        loss = loss + rule.kl_coef * kl
+    if rule.entropy_coef != 0:
+        loss = loss - rule.entropy_coef * live.entropy
+    return (
+        (loss * live.weights).sum(),
+        live.scatter(live.logp),
+        live.scatter(live.entropy),
+        (clipped | dual).sum().to(loss.dtype) / live.num_active,
+        kl.detach().sum() / live.num_active,
+    )
+
+
+def policy_loss_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    cu_seqlens: Tensor,
+    rule: LossRule,
+    ref_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the loss of ``policy_loss_terms`` in closed form, as the fused kernels have it. [N, V]
+
+    With g = d loss / d logp and h = d loss / d entropy of a row, p its probabilities and z its scaled logits::
+
+        d loss / d logits = (g * (onehot - p) - h * p * (z - sum(p * z))) / temperature
+    """
+    live = _Live(logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs)
+    ratio, inside = live.ratio(rule)
+    bounded, clipped, dual = live.clip(ratio, rule)
+    if rule.objective == "cispo":
+        g = -bounded * live.advantages * live.importance(rule) * live.weights
+    else:
+        g = -ratio * live.advantages * live.importance(rule) * live.weights
+        g = torch.where(clipped | dual | ~inside, 0.0, g)
+        if rule.ratio == "sequence":
+            g = live.response_mean(g)
+        g = torch.where(live.logp.isneginf(), 0.0, g)
+    if rule.kl_coef > 0:
+        d = live.logp - live.ref
+        k3 = torch.where(d.abs() > LOG_RATIO_LIMIT, 0.0, 1 - torch.exp(-d))
+        g = g + rule.kl_coef * live.weights * {"k1": torch.ones_like(d), "k2": d, "k3": k3}[rule.kl]
+    h = -rule.entropy_coef * live.weights * torch.ones_like(g)
+
+    z = live.logits.to(g.dtype) / rule.temperature
+    p = z.softmax(-1)
+    dz = (-g[:, None] * p).scatter_add(-1, live.labels[:, None], g[:, None])
+    if rule.entropy_coef != 0:
+        finite = z.clamp(min=torch.finfo(z.dtype).min)
+        dz = dz - h[:, None] * p * (finite - (p * finite).sum(-1, keepdim=True))
+    gradient = torch.zeros(logits.shape, dtype=g.dtype, device=logits.device)
+    gradient[live.rows] = dz / rule.temperature
+    return gradient
+
+
+def live_tokens(advantages: Tensor, active: Tensor, response: Tensor, num_responses: int, rule: LossRule) -> Tensor:
+    """Which tokens can have a gradient: advantage not 0, or a KL or entropy term. bool [N]
+
+    With a sequence ratio the tokens of a response live and die together.
+    """
+    if rule.kl_coef > 0 or rule.entropy_coef != 0:
+        return torch.ones_like(active)
+    live = active & (advantages != 0)
+    if rule.ratio == "token":
+        return live
+    alive = torch.zeros(num_responses, dtype=torch.bool, device=advantages.device)
+    alive[response[live]] = True
+    return alive[response]
+
+
+# ---- the functions of a backend: plain tensors in and out, gradients made here
+
+
+def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_tokens, *rule):
+    check_credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, num_tokens)
+    return token_advantages(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, CreditRule(*rule)).float()
+
+
+def policy_loss(
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
+):
+    check_rows("policy_loss", logits, labels, mask, cu_seqlens)
+    args = labels, advantages, old_logprobs, cu_seqlens, LossRule(*rule), ref_logprobs, mask, rollout_logprobs
+    with torch.no_grad():
+        result = policy_loss_terms(logits, *args)
+        if grad is not None:
+            grad.copy_(policy_loss_gradient(logits, *args))
+    return tuple(value.float() for value in result)
+
+
+def logprobs(logits, labels, temperature, mask):
+    check_rows("logprobs", logits, labels, mask)
+    active = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+    values = label_logprobs(logits[active], labels[active], temperature)
+    return tuple(torch.zeros(len(labels), device=logits.device).masked_scatter(active, v.float()) for v in values)
+
+
+def scale_(grad, factor):
+    grad.mul_(factor)
+
+
+def check_credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, num_tokens):
+    """Raise ValueError for the first thing that contradicts the layout of a ``Credit``."""
+    if outcomes.isinf().any():
+        raise ValueError(
+            f"credit: outcome {float(outcomes[outcomes.isinf()][0])} of response {_first(outcomes.isinf())}"
+        )
+    bad = (votes < -1) | (votes > 1)
+    if bad.any():
+        raise ValueError(f"credit: votes must be -1, 0 or 1, got {int(votes[bad][0])} for step {_first(bad.any(1))}")
+    check_cumulative("credit", "cu_seqlens", cu_seqlens, num_tokens)
+    check_cumulative("credit", "steps.cu_steps", cu_steps, starts.numel())
+    step_response = torch.repeat_interleave(torch.arange(len(outcomes), device=starts.device), cu_steps.diff())
+    previous_end = torch.cat([cu_seqlens[:1], ends[:-1]])[: starts.numel()]
+    first_of_response = torch.cat([step_response[:1] < 0, step_response[1:] != step_response[:-1]])
+    first_of_response[:1] = True
+    lowest = torch.where(first_of_response, cu_seqlens[step_response], previous_end)
+    bad = (starts < lowest) | (ends < starts) | (ends > cu_seqlens[step_response + 1])
+    if bad.any():
+        step = _first(bad)
+        raise ValueError(
+            f"credit: step {step} is [{int(starts[step])}, {int(ends[step])}), but steps must be in order, without overlap "
+            f"and inside their response {int(step_response[step])}"
+        )
+
+
+def check_cumulative(op, name, values, total):
+    """Raise ValueError unless values run from 0 to total without falling."""
+    if int(values[0]) != 0 or int(values[-1]) != total or bool((values.diff() < 0).any()):
+        raise ValueError(f"{op}: {name} must rise from 0 to {total}, got {values.tolist()!s:.200}")
+
+
+def check_rows(op, logits, labels, mask, cu_seqlens=None):
+    """Raise ValueError for a label outside the vocabulary in an unmasked row, or cu_seqlens that do not fit."""
+    bad = (labels < 0) | (labels >= logits.shape[1])
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        row = _first(bad)
+        raise ValueError(f"{op}: label {int(labels[row])} in row {row} is outside the vocabulary of {logits.shape[1]}")
+    if cu_seqlens is not None:
+        check_cumulative(op, "cu_seqlens", cu_seqlens, logits.shape[0])
+
+
+def _first(flags: Tensor) -> int:
+    return int(flags.nonzero()[0, 0])
