@@ -225,7 +225,7 @@ def _indices(block: str, num_steps: int, suffix: str) -> tuple[int, ...]:
     index = rf"(?:<step_(?:0|[1-9][0-9]*)(?:{suffix})?>|(?:step_)?(?:0|[1-9][0-9]*))"
     item = re.compile(rf"({index})(?:\s*[-–]\s*({index}))?")
     spans = []
-    for written in block.split(",") if block else []:
+    for written in dict.fromkeys(block.split(",")) if block else ():  # each once: a repeated item costs next to nothing
         match = item.fullmatch(written.strip())
         if match is None:
             raise CritiqueError(Reason.BAD_INDEX, f"{written.strip()!r:.40} is no step index")
