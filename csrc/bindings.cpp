@@ -1,4 +1,5 @@
-// capo._native: the table of contents of this folder. Tensors arrive as addresses (0 for none); capo/native.py makes them.
+// capo._native: the table of contents of this folder. Tensors arrive as addresses (0 for none); capo/native.py makes
+// them.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
@@ -29,10 +30,10 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "credit",
-      [](Address outcomes, Address votes, Address starts, Address ends, Address cu_steps, Address cu_seqlens, Address groups,
-         Address advantages, int64_t responses, int64_t steps, int64_t votes_per_step, int64_t tokens, int vote,
-         double outcome_weight, double process_weight, int normalize, double std_floor, double clamp, int reward,
-         int num_threads) {
+      [](Address outcomes, Address votes, Address starts, Address ends, Address cu_steps, Address cu_seqlens,
+         Address groups, Address advantages, int64_t responses, int64_t steps, int64_t votes_per_step, int64_t tokens,
+         int vote, double outcome_weight, double process_weight, int normalize, double std_floor, double clamp,
+         int reward, int num_threads) {
         CreditArgs args;
         args.outcomes = pointer<const float>(outcomes);
         args.votes = pointer<const int8_t>(votes);
@@ -46,8 +47,9 @@ PYBIND11_MODULE(_native, m) {
         args.steps = steps;
         args.votes_per_step = votes_per_step;
         args.tokens = tokens;
-        args.rule = {static_cast<Vote>(vote), outcome_weight, process_weight, static_cast<Normalize>(normalize),
-                     std_floor, clamp, static_cast<Reward>(reward)};
+        args.rule = {static_cast<Vote>(vote),           outcome_weight, process_weight,
+                     static_cast<Normalize>(normalize), std_floor,      clamp,
+                     static_cast<Reward>(reward)};
         args.num_threads = num_threads;
         return credit(args);
       },
@@ -55,12 +57,12 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "policy_loss",
-      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, int dtype, int64_t rows, int64_t vocab,
-         int64_t responses, Address labels, Address advantages, Address old_logprobs, Address ref_logprobs,
-         Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low, float ratio_high, float clip_dual,
-         int ratio, int reduce, float constant, float kl_coef, int kl, float entropy_coef, float temperature, int objective,
-         float importance_cap, Address loss, Address logprobs_out, Address entropy, Address clip_fraction, Address kl_out,
-         int num_threads) {
+      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, int dtype, int64_t rows,
+         int64_t vocab, int64_t responses, Address labels, Address advantages, Address old_logprobs,
+         Address ref_logprobs, Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low,
+         float ratio_high, float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl,
+         float entropy_coef, float temperature, int objective, float importance_cap, Address loss, Address logprobs_out,
+         Address entropy, Address clip_fraction, Address kl_out, int num_threads) {
         PolicyLossArgs args;
         args.logits = pointer<const void>(logits);
         args.logits_stride = logits_stride;
@@ -77,9 +79,18 @@ PYBIND11_MODULE(_native, m) {
         args.rollout_logprobs = pointer<const float>(rollout_logprobs);
         args.mask = pointer<const bool>(mask);
         args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
-        args.rule = {ratio_low, ratio_high, clip_dual, static_cast<Ratio>(ratio), static_cast<Reduce>(reduce), constant,
-                     kl_coef, kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone, entropy_coef, temperature,
-                     static_cast<Objective>(objective), importance_cap};
+        args.rule = {ratio_low,
+                     ratio_high,
+                     clip_dual,
+                     static_cast<Ratio>(ratio),
+                     static_cast<Reduce>(reduce),
+                     constant,
+                     kl_coef,
+                     kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone,
+                     entropy_coef,
+                     temperature,
+                     static_cast<Objective>(objective),
+                     importance_cap};
         args.loss = pointer<float>(loss);
         args.logprobs = pointer<float>(logprobs_out);
         args.entropy = pointer<float>(entropy);
@@ -99,11 +110,4 @@ PYBIND11_MODULE(_native, m) {
                          pointer<float>(logprobs_out), pointer<float>(entropy), num_threads});
       },
       release(), "Logits, labels -> log-probabilities and entropies; false if a label does not fit.");
-
-  m.def(
-      "scale",
-      [](Address values, int64_t stride, int dtype, int64_t rows, int64_t vocab, float factor, int num_threads) {
-        scale(pointer<void>(values), stride, static_cast<Dtype>(dtype), rows, vocab, factor, num_threads);
-      },
-      release(), "Values times a factor, in place.");
 }

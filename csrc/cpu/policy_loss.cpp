@@ -59,8 +59,16 @@ Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vo
 class Pass {
  public:
   explicit Pass(const PolicyLossArgs& a)
-      : args(a), kernels(row_kernels()), type(static_cast<int>(a.dtype)), rate(rate_of(a.rule.temperature)),
-        live(a.rows), response(a.rows), counts(a.responses), loss(a.rows), kl(a.rows), clipped(a.rows),
+      : args(a),
+        kernels(row_kernels()),
+        type(static_cast<int>(a.dtype)),
+        rate(rate_of(a.rule.temperature)),
+        live(a.rows),
+        response(a.rows),
+        counts(a.responses),
+        loss(a.rows),
+        kl(a.rows),
+        clipped(a.rows),
         stream(a.grad != a.logits && a.rows * a.vocab * size_of(a.dtype) > kCache) {}
 
   void run() {
@@ -223,8 +231,10 @@ class Pass {
         if (!live[row]) continue;
         const TokenTerms t = terms(row, rows[row].logp, rows[row].entropy, mean);
         g[row] = t.through_logp * weight(row);
-        if (args.rule.ratio == Ratio::kSequenceToken) g[row] += t.through_ratio * weight(row);
-        else through_ratio += t.through_ratio * weight(row);
+        if (args.rule.ratio == Ratio::kSequenceToken)
+          g[row] += t.through_ratio * weight(row);
+        else
+          through_ratio += t.through_ratio * weight(row);
       }
       if (args.rule.ratio == Ratio::kSequence)
         for (int64_t row = first; row < last; ++row)
@@ -233,8 +243,10 @@ class Pass {
     }
     parallel_for(args.rows, grain(), args.num_threads, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        if (!live[row]) clear(row);
-        else if (args.grad != nullptr) write_grad(row, rows[row], g[row]);
+        if (!live[row])
+          clear(row);
+        else if (args.grad != nullptr)
+          write_grad(row, rows[row], g[row]);
       }
     });
   }
@@ -261,7 +273,8 @@ class Pass {
   }
 };
 
-// Fresh memory is handed out by the kernel page by page at the first write; large pages make that several times cheaper.
+// Fresh memory is handed out by the kernel page by page at the first write; large pages make that several times
+// cheaper.
 void prefer_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -298,15 +311,6 @@ bool logprobs(const LogprobsArgs& args) {
     }
   });
   return true;
-}
-
-void scale(void* values, int64_t stride, Dtype dtype, int64_t rows, int64_t vocab, float factor, int num_threads) {
-  if (factor == 1.f) return;
-  const RowKernels& kernels = row_kernels();
-  parallel_for(rows, 1, num_threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      kernels.scale[static_cast<int>(dtype)](row_at(values, row, stride, dtype), vocab, factor);
-  });
 }
 
 }  // namespace capo

@@ -31,12 +31,11 @@ struct RowGrad {
 
 struct RowKernels {
   const char* isa;
-  // Indexed by Dtype. A row is `size` elements long. `infinite`: a guess whether the row has -inf, right or wrong alike in
-  // its result.
+  // Indexed by Dtype. A row is `size` elements long. `infinite`: a guess whether the row has -inf, right or wrong alike
+  // in its result.
   RowStats (*stats[3])(const void* row, int64_t size, float rate, int64_t label, bool infinite);
   void (*grad[3])(const void* row, void* grad, int64_t size, const RowGrad& how);
   void (*fill[3])(void* grad, int64_t size, float value);
-  void (*scale[3])(void* values, int64_t size, float factor);
   float (*load[3])(const void* row, int64_t index);
 };
 

@@ -1,4 +1,5 @@
-// Row kernels: one pass for the statistics of a row of logits, one for its gradient while the row is still in the cache.
+// Row kernels: one pass for the statistics of a row of logits, one for its gradient while the row is still in the
+// cache.
 #include "cpu/rows.h"
 
 #include <algorithm>
@@ -114,7 +115,8 @@ RowStats sums(const T* z, int64_t size, float rate, float offset, bool infinite)
 template <typename T>
 RowStats stats(const void* row, int64_t size, float rate, int64_t label, bool infinite) {
   const T* z = static_cast<const T*>(row);
-  // The largest of a few and the label, which was sampled, is as good as the largest of all unless the sum says otherwise.
+  // The largest of a few and the label, which was sampled, is as good as the largest of all unless the sum says
+  // otherwise.
   constexpr int64_t kFew = 1024;
   float top = max_of(z, size < kFew ? size : kFew);
   const float at_label = load_one(z + label);
@@ -182,18 +184,6 @@ void fill(void* out, int64_t size, float value) {
 }
 
 template <typename T>
-void scale(void* values, int64_t size, float factor) {
-  T* p = static_cast<T*>(values);
-  vf a, b;
-  int64_t i = 0;
-  for (; i + kPair <= size; i += kPair) {
-    load_pair(p + i, a, b);
-    store_pair(p + i, a * factor, b * factor, false);
-  }
-  for (; i < size; ++i) store_one(p + i, load_one(p + i) * factor);
-}
-
-template <typename T>
 float load_at(const void* row, int64_t index) {
   return load_one(static_cast<const T*>(row) + index);
 }
@@ -207,7 +197,6 @@ const RowKernels kRowKernels = {CAPO_NAME(CAPO_ISA),
                                 {stats<float>, stats<bf16>, stats<fp16>},
                                 {grad<float>, grad<bf16>, grad<fp16>},
                                 {fill<float>, fill<bf16>, fill<fp16>},
-                                {scale<float>, scale<bf16>, scale<fp16>},
                                 {load_at<float>, load_at<bf16>, load_at<fp16>}};
 
 }  // namespace capo::CAPO_ISA

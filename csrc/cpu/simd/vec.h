@@ -1,4 +1,5 @@
-// One vector of floats, as wide as the instruction set this file is compiled for. Everything a row kernel needs and no more.
+// One vector of floats, as wide as the instruction set this file is compiled for. Everything a row kernel needs and no
+// more.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -23,8 +24,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Vector extensions of GCC and Clang give arithmetic, comparison and selection on every machine; intrinsics below stand only
-// where a compiler does not find the instruction by itself.
+// Vector extensions of GCC and Clang give arithmetic, comparison and selection on every machine; intrinsics below stand
+// only where a compiler does not find the instruction by itself.
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
@@ -87,8 +88,9 @@ inline double horizontal_sum(vf x) {
   return result;
 }
 
-// ---- two vectors at a time. Element i of memory is in lane i / 2 of the even or odd vector for bf16, where that spares
-// the unpacking; otherwise the first vector holds the first kLanes elements. Sums do not care and stores undo it.
+// ---- two vectors at a time. Element i of memory is in lane i / 2 of the even or odd vector for bf16, where that
+// spares the unpacking; otherwise the first vector holds the first kLanes elements. Sums do not care and stores undo
+// it.
 
 inline void load_pair(const float* p, vf& a, vf& b) {
   std::memcpy(&a, p, sizeof(a));
@@ -196,7 +198,8 @@ inline void store_one(fp16* p, float x) { p->bits = to_fp16_bits(x); }
 
 // ---- exponential
 
-// c0 + c1 f + ... with c0 2^f on [-1/2, 1/2]: least maximal relative error, which is 1.0e-4, 2.8e-6, 9e-8 for degree 3, 4, 5.
+// c0 + c1 f + ... with c0 2^f on [-1/2, 1/2]: least maximal relative error, which is 1.0e-4, 2.8e-6, 9e-8 for degree 3,
+// 4, 5.
 template <int kDegree>
 struct Exp2 {
   vf c[kDegree + 1];
