@@ -129,8 +129,8 @@ class TokenBytes:
         backend = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
         if not hasattr(backend, "to_str"):
             raise ValueError(
-                f"TokenBytes: {name} has no byte mapping: it is not a fast tokenizer. Load the fast one "
-                "(AutoTokenizer.from_pretrained(..., use_fast=True)), or give the byte string of every id: "
+                f"TokenBytes: {name} has no byte mapping: it is not a fast tokenizer. Load it with "
+                "AutoTokenizer (the model then needs a tokenizer.json), or give the byte string of every id: "
                 "TokenBytes(tokens, special_ids=..., eos_ids=...)"
             )
         decoder = _Decoder(json.loads(backend.to_str())["decoder"], name)
@@ -467,7 +467,7 @@ def _inside_character(text: bytes, position: int) -> bool:
 
 
 class _Delimiter:
-    """A delimiter in one form: ``find`` gives its byte spans in a text, ``newlines`` counts its line ends, if it is only such."""
+    """A delimiter as a pattern; ``newlines`` is the number of line ends where it consists of nothing else, 0 elsewhere."""
 
     def __init__(self, delimiter: str | bytes | re.Pattern[str] | re.Pattern[bytes]) -> None:
         self.newlines = 0
@@ -488,6 +488,7 @@ class _Delimiter:
             self._pattern = re.compile(rb"(?:\r?\n){%d}" % self.newlines)
 
     def find(self, text: bytes) -> Iterator[tuple[int, int]]:
+        """The delimiters of a text as byte ranges, in order."""
         if isinstance(self._pattern.pattern, bytes):
             yield from (match.span() for match in self._pattern.finditer(text))
             return
