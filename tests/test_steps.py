@@ -439,7 +439,7 @@ def test_random_ids_of_a_real_vocabulary(qwen, ids):
     packed = batch(ids)
     assert ranges(segment(*packed, qwen)) == ranges(reference(*packed, qwen))
     texts = step_texts(packed[0], segment(*packed, qwen), qwen)[0]
-    assert all(text.strip() for text in texts)
+    assert all(text.strip(" \t\n\v\f\r") for text in texts)
 
 
 def test_text_split_by_hand_has_the_same_steps(qwen):
@@ -637,9 +637,9 @@ def test_long_responses_take_linear_time(pieces, delimiter):
     ids = (pattern * 100_000)[:100_000]
     packed = batch(ids)
     for run in (segment, reference):
-        begin = time.perf_counter()
+        begin = time.process_time()  # other work on the machine does not count
         steps = run(*packed, SIMPLE, delimiter)
-        assert time.perf_counter() - begin < 1.0
+        assert time.process_time() - begin < 1.0
     if pieces == ["a", "\n\n"] and delimiter != "##":
         assert len(steps.starts) == 50_000  # the last separator joins the step before it
         capped = segment(*packed, SIMPLE, delimiter, max_steps=200)
