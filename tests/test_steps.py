@@ -545,6 +545,12 @@ def test_unknown_ids_are_named_with_their_position(wrong, dtype, delimiter):
     assert len(segment(*batch([0, 1], dtype=dtype), SIMPLE, delimiter).starts) == 1
 
 
+def test_ids_are_not_cut_to_32_bits():
+    for wrong in (2**32, 2**40 + 1, -(2**63)):
+        with pytest.raises(ValueError, match=rf"token_ids\[1\] is {wrong}"):
+            segment(*batch([0, wrong]), SIMPLE)
+
+
 def test_the_first_unknown_id_is_named_whatever_the_threads():
     ids, cu = random_batch(3000, 400)
     places = [900_001, 400_003, 1_000_000]
@@ -637,7 +643,7 @@ def test_long_responses_take_linear_time(pieces, delimiter):
     ids = (pattern * 100_000)[:100_000]
     packed = batch(ids)
     for run in (segment, reference):
-        begin = time.process_time()  # other work on the machine does not count
+        begin = time.process_time()  # what else runs does not count
         steps = run(*packed, SIMPLE, delimiter)
         assert time.process_time() - begin < 1.0
     if pieces == ["a", "\n\n"] and delimiter != "##":
