@@ -2,11 +2,10 @@
 // them.
 #include <pybind11/pybind11.h>
 
-#include <cmath>
-
 #include "cpu/credit.h"
 #include "cpu/policy_loss.h"
 #include "cpu/rows.h"
+#include "text/segment.h"
 
 namespace py = pybind11;
 using namespace capo;
@@ -18,6 +17,36 @@ using Address = uintptr_t;
 template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+void bind_text(py::module_& m) {
+  m.def(
+      "token_flags",
+      [](Address data, Address offsets, int64_t size, Address special, Address eos, Address flags) {
+        const TokenTable table{size, pointer<const uint8_t>(data), pointer<const int64_t>(offsets), nullptr};
+        token_flags(table, pointer<const uint8_t>(special), pointer<const uint8_t>(eos), pointer<uint8_t>(flags));
+      },
+      py::arg("data"), py::arg("offsets"), py::arg("size"), py::arg("special"), py::arg("eos"), py::arg("flags"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "segment",
+      [](Address ids, bool ids_are_int64, Address cu_seqlens, int64_t num_responses, Address data, Address offsets,
+         Address flags, int64_t size, int64_t newlines, Address span_starts, Address span_ends, Address cu_spans,
+         int64_t max_steps, Address starts, Address ends, Address cu_steps, int num_threads) {
+        const TokenTable table{size, pointer<const uint8_t>(data), pointer<const int64_t>(offsets),
+                               pointer<const uint8_t>(flags)};
+        const Delimiters delimiters{newlines, pointer<const int64_t>(span_starts), pointer<const int64_t>(span_ends),
+                                    pointer<const int64_t>(cu_spans)};
+        const auto run = [&](const auto* typed_ids) {
+          return segment(typed_ids, pointer<const int64_t>(cu_seqlens), num_responses, table, delimiters, max_steps,
+                         num_threads, pointer<int64_t>(starts), pointer<int64_t>(ends), pointer<int64_t>(cu_steps));
+        };
+        return ids_are_int64 ? run(pointer<const int64_t>(ids)) : run(pointer<const int32_t>(ids));
+      },
+      py::arg("ids"), py::arg("ids_are_int64"), py::arg("cu_seqlens"), py::arg("num_responses"), py::arg("data"),
+      py::arg("offsets"), py::arg("flags"), py::arg("size"), py::arg("newlines"), py::arg("span_starts"),
+      py::arg("span_ends"), py::arg("cu_spans"), py::arg("max_steps"), py::arg("starts"), py::arg("ends"),
+      py::arg("cu_steps"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -110,4 +139,6 @@ PYBIND11_MODULE(_native, m) {
                          pointer<float>(logprobs_out), pointer<float>(entropy), num_threads});
       },
       release(), "Logits, labels -> log-probabilities and entropies; false if a label does not fit.");
+
+  bind_text(m);
 }
