@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from capo.errors import UsageError
+
 app = typer.Typer(
     name="capo",
     help="Step-level credit assignment for LLM reinforcement learning.",
@@ -13,10 +15,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class UsageError(Exception):
-    """The user's input is at fault: printed without a traceback, exit code 2."""
 
 
 def _version(wanted: bool) -> None:
