@@ -50,7 +50,10 @@ def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer | None, stat
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        temporary.mkdir()
+        model.config.save_pretrained(temporary)
+        weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         if optimizer is not None:
             save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
         files = {

@@ -64,6 +64,7 @@ class ArithmeticTask:
         self._operators = torch.tensor([OPERATORS.index(operator) for operator in dict.fromkeys(config.operators)])
         a, b = torch.arange(10)[:, None], torch.arange(10)[None]
         self._true = torch.stack([a + b, a - b, a * b]) % 10  # [operator, a, b]
+        self._table: list[list[list[int]]] = self._true.tolist()
         generator = torch.Generator().manual_seed(seed)
         misconceived = torch.rand(self._true.shape, generator=generator) < config.misconceptions
         shift = torch.randint(1, 10, self._true.shape, generator=generator)
@@ -121,7 +122,7 @@ class ArithmeticTask:
                     match is None
                     or (match[2], match[3]) != tasks[index]
                     or before not in (None, match[1])
-                    or self._true[OPERATORS.index(match[2]), int(match[1]), int(match[3])] != int(match[4])
+                    or self._table[OPERATORS.index(match[2])][int(match[1])][int(match[3])] != int(match[4])
                 )
                 before = match[4] if match else None
             else:
