@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +144,6 @@ def write_text(path: Path, text: str) -> None:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a run folder; the system gives it back when the process ends, however it ends.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
 
 
 def _moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

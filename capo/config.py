@@ -34,22 +34,24 @@ class _Section(BaseModel):
 class TaskConfig(_Section):
     """The built-in task: chains of single-digit steps."""
 
-    steps: int = Field(6, ge=1, le=32, description="operations per problem")
-    operators: str = Field("+-*", pattern=r"^[+*-]{1,3}$", description="which operations occur, of + - *")
-    misconceptions: float = Field(0.4, ge=0, le=1, description="share of the facts (a op b) that the demos get wrong")
-    misconception_rate: float = Field(0.6, ge=0, le=1, description="how often a demo gets such a fact wrong")
-    held_out: int = Field(256, ge=1, le=100_000, description="problems to evaluate on, never trained on")
+    steps: int = Field(default=6, ge=1, le=32, description="operations per problem")
+    operators: str = Field(default="+-*", pattern=r"^[+*-]{1,3}$", description="which operations occur, of + - *")
+    misconceptions: float = Field(
+        default=0.4, ge=0, le=1, description="share of the facts (a op b) that the demos get wrong"
+    )
+    misconception_rate: float = Field(default=0.6, ge=0, le=1, description="how often a demo gets such a fact wrong")
+    held_out: int = Field(default=256, ge=1, le=100_000, description="problems to evaluate on, never trained on")
 
 
 class ModelConfig(_Section):
     """The policy, built from scratch."""
 
-    arch: Literal["qwen2", "llama"] = Field("qwen2", description="architecture, as transformers has it")
-    layers: int = Field(2, ge=1, le=128, description="decoder layers")
-    hidden: int = Field(64, ge=8, le=16384, description="width; a multiple of heads")
-    heads: int = Field(4, ge=1, le=256, description="attention heads")
-    mlp: int = Field(128, ge=8, le=65536, description="width of the feed-forward part")
-    init_std: float = Field(0.05, gt=0, le=1, description="standard deviation of the initial weights")
+    arch: Literal["qwen2", "llama"] = Field(default="qwen2", description="architecture, as transformers has it")
+    layers: int = Field(default=2, ge=1, le=128, description="decoder layers")
+    hidden: int = Field(default=64, ge=8, le=16384, description="width; a multiple of heads")
+    heads: int = Field(default=4, ge=1, le=256, description="attention heads")
+    mlp: int = Field(default=128, ge=8, le=65536, description="width of the feed-forward part")
+    init_std: float = Field(default=0.05, gt=0, le=1, description="standard deviation of the initial weights")
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -61,22 +63,26 @@ class ModelConfig(_Section):
 class WarmStartConfig(_Section):
     """Supervised training on demos, before RL."""
 
-    steps: int = Field(700, ge=0, le=1_000_000, description="optimiser steps")
-    batch: int = Field(64, ge=1, le=65536, description="demos per step, always fresh ones")
-    learning_rate: float = Field(5e-3, gt=0, le=1, description="peak; cosine to a tenth of it")
-    warmup: int = Field(50, ge=0, le=1_000_000, description="steps of linear warm-up")
-    cache: str | None = Field(None, min_length=1, description="folder of warm-started models that runs share; null: none")
+    steps: int = Field(default=700, ge=0, le=1_000_000, description="optimiser steps")
+    batch: int = Field(default=64, ge=1, le=65536, description="demos per step, always fresh ones")
+    learning_rate: float = Field(default=5e-3, gt=0, le=1, description="peak; cosine to a tenth of it")
+    warmup: int = Field(default=50, ge=0, le=1_000_000, description="steps of linear warm-up")
+    cache: str | None = Field(
+        default=None, min_length=1, description="folder of warm-started models that runs share; null: none"
+    )
 
 
 class JudgeConfig(_Section):
     """Who names wrong steps. The scripted judge knows the truth and errs at given rates."""
 
-    kind: Literal["scripted"] = Field("scripted", description="scripted: an exact checker with noise, answering in text")
-    num_votes: int = Field(5, ge=0, le=127, description="K, critiques per response; 0: the judge is not asked")
-    false_alarm: float = Field(0.2, ge=0, le=1, description="probability that a right step is flagged")
-    missed: float = Field(0.2, ge=0, le=1, description="probability that a wrong step is not flagged")
-    invalid: float = Field(0.0, ge=0, le=1, description="probability of a reply that does not parse")
-    failed: float = Field(0.0, ge=0, le=1, description="probability that no reply comes")
+    kind: Literal["scripted"] = Field(
+        default="scripted", description="scripted: an exact checker with noise, answering in text"
+    )
+    num_votes: int = Field(default=5, ge=0, le=127, description="K, critiques per response; 0: the judge is not asked")
+    false_alarm: float = Field(default=0.2, ge=0, le=1, description="probability that a right step is flagged")
+    missed: float = Field(default=0.2, ge=0, le=1, description="probability that a wrong step is not flagged")
+    invalid: float = Field(default=0.0, ge=0, le=1, description="probability of a reply that does not parse")
+    failed: float = Field(default=0.0, ge=0, le=1, description="probability that no reply comes")
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeConfig:
@@ -88,61 +94,79 @@ class JudgeConfig(_Section):
 class CreditConfig(_Section):
     """Changes to the method's CreditRule; null keeps what the method has."""
 
-    vote: Vote | None = Field(None, description="how votes become a step weight")
-    outcome_weight: float | None = Field(None, ge=0, le=1e6, description="C, weight of the outcome")
-    process_weight: float | None = Field(None, ge=0, le=1e6, description="P, weight of the steps")
-    normalize: Normalize | None = Field(None, description="over what rewards are normalised")
-    std_floor: float | None = Field(None, ge=0, le=1e6, description="the std is at least this")
-    clamp: float | None = Field(None, gt=0, le=1e6, description="advantages are clamped to [-clamp, clamp]")
+    vote: Vote | None = Field(default=None, description="how votes become a step weight")
+    outcome_weight: float | None = Field(default=None, ge=0, le=1e6, description="C, weight of the outcome")
+    process_weight: float | None = Field(default=None, ge=0, le=1e6, description="P, weight of the steps")
+    normalize: Normalize | None = Field(default=None, description="over what rewards are normalised")
+    std_floor: float | None = Field(default=None, ge=0, le=1e6, description="the std is at least this")
+    clamp: float | None = Field(default=None, gt=0, le=1e6, description="advantages are clamped to [-clamp, clamp]")
 
 
 class LossConfig(_Section):
     """The LossRule; see ``capo.LossRule`` for the meaning of each."""
 
-    clip_low: float = Field(0.2, ge=0, le=1, description="ratios below 1 - clip_low are clipped")
-    clip_high: float = Field(0.2, ge=0, le=1e3, description="ratios above 1 + clip_high are clipped")
-    clip_dual: float | None = Field(None, gt=1, le=1e3, description="dual clip; null: off")
-    ratio: Ratio = Field("token", description="token, sequence (GSPO) or sequence_token")
-    reduce: Reduce = Field("sequence_mean", description="sequence_mean (paper), token_mean (DAPO), constant (Dr. GRPO)")
-    constant: float | None = Field(None, gt=0, le=1e12, description="divisor of reduce: constant, per minibatch")
-    kl_coef: float = Field(0.0, ge=0, le=1e3, description="weight of the KL term against the warm-started model")
-    kl: Kl = Field("k3", description="estimator of the KL term")
-    entropy_coef: float = Field(0.0, ge=-10, le=10, description="weight of the entropy bonus")
-    objective: Objective = Field("clip", description="clip (PPO) or cispo")
-    importance_cap: float | None = Field(None, gt=0, le=1e3, description="sampler/trainer correction; null: off")
+    clip_low: float = Field(default=0.2, ge=0, le=1, description="ratios below 1 - clip_low are clipped")
+    clip_high: float = Field(default=0.2, ge=0, le=1e3, description="ratios above 1 + clip_high are clipped")
+    clip_dual: float | None = Field(default=None, gt=1, le=1e3, description="dual clip; null: off")
+    ratio: Ratio = Field(default="token", description="token, sequence (GSPO) or sequence_token")
+    reduce: Reduce = Field(
+        default="sequence_mean", description="sequence_mean (paper), token_mean (DAPO), constant (Dr. GRPO)"
+    )
+    constant: float | None = Field(
+        default=None, gt=0, le=1e12, description="divisor of reduce: constant, per minibatch"
+    )
+    kl_coef: float = Field(
+        default=0.0, ge=0, le=1e3, description="weight of the KL term against the warm-started model"
+    )
+    kl: Kl = Field(default="k3", description="estimator of the KL term")
+    entropy_coef: float = Field(default=0.0, ge=-10, le=10, description="weight of the entropy bonus")
+    objective: Objective = Field(default="clip", description="clip (PPO) or cispo")
+    importance_cap: float | None = Field(
+        default=None, gt=0, le=1e3, description="sampler/trainer correction; null: off"
+    )
 
 
 class SeedConfig(_Section):
     """Separate seeds, so that one thing can be varied at a time."""
 
-    data: int = Field(0, ge=0, lt=2**31, description="the task's misconceptions and the held-out problems")
-    warm_start: int = Field(0, ge=0, lt=2**31, description="initial weights and demos")
-    rl: int = Field(0, ge=0, lt=2**31, description="prompts, samples and the judge's errors")
+    data: int = Field(default=0, ge=0, lt=2**31, description="the task's misconceptions and the held-out problems")
+    warm_start: int = Field(default=0, ge=0, lt=2**31, description="initial weights and demos")
+    rl: int = Field(default=0, ge=0, lt=2**31, description="prompts, samples and the judge's errors")
 
 
 class TrainConfig(_Section):
     """A whole training: the RL settings here, the rest in sections."""
 
-    method: Method = Field("capo", description="credit rule, a preset of capo.CreditRule; all else stays equal")
-    output: str = Field("runs/arithmetic-{method}", min_length=1, description="run folder; {method} is filled in")
-    updates: int = Field(60, ge=0, le=10_000_000, description="RL updates; 0: warm start and evaluation only")
-    prompts: int = Field(16, ge=1, le=65536, description="prompts per update")
-    group_size: int = Field(8, ge=2, le=4096, description="responses per prompt")
-    minibatches: int = Field(2, ge=1, le=65536, description="optimiser steps per pass over an update, cut by prompt")
-    epochs: int = Field(1, ge=1, le=100, description="passes over each update")
-    micro_batch: int | None = Field(None, ge=1, le=1_000_000, description="responses per forward pass; null: all at once")
-    max_new_tokens: int | None = Field(None, ge=1, le=1_000_000, description="response limit; null: the task's")
-    temperature: float = Field(1.0, gt=0, le=100, description="of sampling, and of the loss")
-    learning_rate: float = Field(1.5e-4, gt=0, le=1, description="AdamW, constant after warm-up")
-    warmup: int = Field(0, ge=0, le=1_000_000, description="updates of linear warm-up")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW, decoupled")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="gradients are scaled down to this norm")
-    max_bad_updates: int = Field(3, ge=1, le=1000, description="abort after so many NaN or Inf updates in a row")
-    eval_every: int = Field(5, ge=1, le=1_000_000, description="updates between evaluations; also the last one")
-    save_every: int = Field(20, ge=1, le=1_000_000, description="updates between checkpoints; also the last one")
-    keep_checkpoints: int = Field(2, ge=1, le=1000, description="older checkpoints are deleted")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null: PyTorch's default")
+    method: Method = Field(default="capo", description="credit rule, a preset of capo.CreditRule; all else stays equal")
+    output: str = Field(
+        default="runs/arithmetic-{method}", min_length=1, description="run folder; {method} is filled in"
+    )
+    updates: int = Field(default=60, ge=0, le=10_000_000, description="RL updates; 0: warm start and evaluation only")
+    prompts: int = Field(default=16, ge=1, le=65536, description="prompts per update")
+    group_size: int = Field(default=8, ge=2, le=4096, description="responses per prompt")
+    minibatches: int = Field(
+        default=2, ge=1, le=65536, description="optimiser steps per pass over an update, cut by prompt"
+    )
+    epochs: int = Field(default=1, ge=1, le=100, description="passes over each update")
+    micro_batch: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="responses per forward pass; null: all at once"
+    )
+    max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000, description="response limit; null: the task's")
+    temperature: float = Field(default=1.0, gt=0, le=100, description="of sampling, and of the loss")
+    learning_rate: float = Field(default=1.5e-4, gt=0, le=1, description="AdamW, constant after warm-up")
+    warmup: int = Field(default=0, ge=0, le=1_000_000, description="updates of linear warm-up")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW, decoupled")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="gradients are scaled down to this norm")
+    max_bad_updates: int = Field(
+        default=3, ge=1, le=1000, description="abort after so many NaN or Inf updates in a row"
+    )
+    eval_every: int = Field(default=5, ge=1, le=1_000_000, description="updates between evaluations; also the last one")
+    save_every: int = Field(
+        default=20, ge=1, le=1_000_000, description="updates between checkpoints; also the last one"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="older checkpoints are deleted")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads; null: PyTorch's default")
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
@@ -169,7 +193,7 @@ class TrainConfig(_Section):
             raise ValueError(f"prompts={self.prompts} must be a multiple of minibatches={self.minibatches}")
         fields = set(re.findall(r"\{(.*?)\}", self.output)) - {"method"}
         if fields:
-            raise ValueError(f"output={self.output!r}: only {{method}} is filled in, not {{{sorted(fields)[0]}}}")
+            raise ValueError(f"output={self.output!r}: only {{method}} is filled in, not {{{min(fields)}}}")
         return self
 
     def credit_rule(self) -> CreditRule:
@@ -190,7 +214,8 @@ class TrainConfig(_Section):
         """All settings as YAML that ``load_config`` reads back."""
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # keep the order of the fields
+        # Keep the order of the fields.
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
         text = io.StringIO()
         yaml.dump(self.model_dump(), text)
         return text.getvalue()
@@ -253,8 +278,9 @@ def _parse_yaml(text: str, where: str) -> Any:
                 line = event.start_mark.line + 1
                 if isinstance(event, AliasEvent) or event.anchor is not None:
                     raise UsageError(f"{where}:{line}: anchors and aliases are not supported; write the value out")
-                if getattr(event, "tag", None) is not None:
-                    raise UsageError(f"{where}:{line}: tags such as {event.tag} are not supported")
+                tag = getattr(event, "tag", None)
+                if tag is not None:
+                    raise UsageError(f"{where}:{line}: tags such as {tag} are not supported")
                 depth += isinstance(event, CollectionStartEvent)
             if depth > MAX_DEPTH or nodes > MAX_NODES or documents > 1:
                 raise UsageError(f"{where}: nested too deeply, too long or more than one document")
@@ -272,18 +298,23 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"{override!r} is no setting; write key=value, for example updates=20 or loss.kl_coef=0.01")
     *sections, name = key.split(".")
-    here, model = data, TrainConfig
+    here: Any = data
+    model: type[BaseModel] = TrainConfig
     for depth, section in enumerate(sections):
         child = _section(model.model_fields[section].annotation) if section in model.model_fields else None
         if child is None:
             _unknown(".".join(sections[: depth + 1]), model, prefix=".".join([*sections[:depth], ""]), source="")
         here, model = here.setdefault(section, {}), child
         if not isinstance(here, dict):
-            raise UsageError(f"{'.'.join(sections[: depth + 1])} is a section, but the file gives it the value {here!r}")
+            raise UsageError(
+                f"{'.'.join(sections[: depth + 1])} is a section, but the file gives it the value {here!r}"
+            )
     if name not in model.model_fields:
         _unknown(key, model, prefix=".".join([*sections, ""]), source="")
     if _section(model.model_fields[name].annotation):
-        raise UsageError(f"{key} is a section; set its keys, for example {key}.{next(iter(_section_fields(model, name)))}")
+        raise UsageError(
+            f"{key} is a section; set its keys, for example {key}.{next(iter(_section_fields(model, name)))}"
+        )
     here[name] = _override_value(written, model.model_fields[name].annotation, key)
 
 
@@ -319,7 +350,9 @@ def _check_keys(data: Mapping[Any, Any], model: type[BaseModel], source: str, pr
             _check_keys(value, section, source, f"{prefix}{key}.")
 
 
-_SECRET = re.compile(r"(^|[_.-])(api_?key|key|secret|password|passwd|token|bearer|credentials?)($|[_.-])", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[_.-])(api_?key|key|secret|password|passwd|token|bearer|credentials?)($|[_.-])", re.IGNORECASE
+)
 
 
 def _unknown(key: str, model: type[BaseModel], prefix: str, source: str) -> typing.NoReturn:

@@ -110,7 +110,7 @@ class ArithmeticTask:
         and get it right; the last step must repeat that result. So a step is not wrong for building on an earlier error.
         Where the step before has no readable result, the operand it hands on is not checked.
         """
-        start, *rest = request.question.removesuffix("=")
+        start, *rest = list(request.question.removesuffix("="))
         tasks = list(zip(rest[::2], rest[1::2], strict=True))
         wrong = []
         before: str | None = start

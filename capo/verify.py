@@ -108,10 +108,9 @@ def _boxes(text: str) -> list[tuple[int, str]]:
     for match in re.finditer(r"\\boxed\{|[{}]", text):
         if match[0] != "}":
             open_braces.append(match.end() if match[0] != "{" else 0)
-        elif open_braces and (begin := open_braces.pop()):
-            # A box around another one ends after it and begins before it; only the inner one can be a number.
-            if not boxes or begin > boxes[-1][0]:
-                boxes.append((begin, text[begin : match.start()]))
+        # A box around another one begins before it and ends after it; only the inner one can be a number.
+        elif open_braces and (begin := open_braces.pop()) and (not boxes or begin > boxes[-1][0]):
+            boxes.append((begin, text[begin : match.start()]))
     return boxes
 
 
