@@ -129,8 +129,8 @@ class TokenBytes:
         backend = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
         if not hasattr(backend, "to_str"):
             raise ValueError(
-                f"TokenBytes: {name} has no byte mapping: it is not a fast tokenizer. Load the fast one "
-                "(AutoTokenizer.from_pretrained(..., use_fast=True)), or give the byte string of every id: "
+                f"TokenBytes: {name} has no byte mapping: it is not a fast tokenizer. Load it with "
+                "AutoTokenizer (the model then needs a tokenizer.json), or give the byte string of every id: "
                 "TokenBytes(tokens, special_ids=..., eos_ids=...)"
             )
         decoder = _Decoder(json.loads(backend.to_str())["decoder"], name)
@@ -273,7 +273,8 @@ def segment(
         ValueError: an argument of the wrong type, shape or range, or a token id unknown to token_bytes; the message names
             it with its position.
     """
-    ids, cu = _checked(token_ids, cu_seqlens, token_bytes)
+    ids = _ids_on_cpu(token_ids, token_bytes)
+    cu = _bounds_on_cpu(cu_seqlens, ids.numel())
     find = _Delimiter(delimiter)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"segment: max_steps must be at least 1, got {max_steps}")
@@ -300,7 +301,8 @@ def step_texts(token_ids: Tensor, steps: Steps, token_bytes: TokenBytes) -> list
     Raises:
         ValueError: ``token_ids`` or an id in it does not fit, or a step ends beyond N.
     """
-    ids, _ = _checked(token_ids, None, token_bytes)
+    ids = _ids_on_cpu(token_ids, token_bytes)
+    _check_ids(ids, token_bytes)
     ends = steps.ends.tolist()
     if any(end > ids.numel() for end in ends):
         raise ValueError(f"step_texts: steps end at token {max(ends)}, but token_ids has {ids.numel()}")
@@ -327,7 +329,9 @@ def truncated(token_ids: Tensor, cu_seqlens: Tensor, token_bytes: TokenBytes) ->
     Raises:
         ValueError: as for :func:`segment`, or ``token_bytes`` has no EOS.
     """
-    ids, cu = _checked(token_ids, cu_seqlens, token_bytes)
+    ids = _ids_on_cpu(token_ids, token_bytes)
+    cu = _bounds_on_cpu(cu_seqlens, ids.numel())
+    _check_ids(ids, token_bytes)
     if not token_bytes.eos.any():
         raise ValueError("truncated: token_bytes has no eos_ids, so that no response can be seen to end")
     num_eos = torch.cat([torch.zeros(1, dtype=torch.int64), token_bytes.eos[ids.long()].cumsum(0)])[cu]
@@ -463,7 +467,7 @@ def _inside_character(text: bytes, position: int) -> bool:
 
 
 class _Delimiter:
-    """A delimiter in one form: ``find`` gives its byte spans in a text, ``newlines`` counts its line ends, if it is only such."""
+    """A delimiter as a pattern; ``newlines`` is the number of line ends where it consists of nothing else, 0 elsewhere."""
 
     def __init__(self, delimiter: str | bytes | re.Pattern[str] | re.Pattern[bytes]) -> None:
         self.newlines = 0
@@ -484,6 +488,7 @@ class _Delimiter:
             self._pattern = re.compile(rb"(?:\r?\n){%d}" % self.newlines)
 
     def find(self, text: bytes) -> Iterator[tuple[int, int]]:
+        """The delimiters of a text as byte ranges, in order."""
         if isinstance(self._pattern.pattern, bytes):
             yield from (match.span() for match in self._pattern.finditer(text))
             return
@@ -500,27 +505,29 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-def _checked(token_ids: Tensor, cu_seqlens: Tensor | None, token_bytes: TokenBytes) -> tuple[Tensor, Tensor]:
-    """The arguments on the CPU, contiguous, with cu_seqlens as int64."""
+def _ids_on_cpu(token_ids: Tensor, token_bytes: TokenBytes) -> Tensor:
+    _check_integers("token_ids", token_ids)
     if not isinstance(token_bytes, TokenBytes):
         raise _wrong("token_bytes", "a capo.TokenBytes", token_bytes)
-    expected = {"token_ids": token_ids} if cu_seqlens is None else {"token_ids": token_ids, "cu_seqlens": cu_seqlens}
-    for name, value in expected.items():
-        if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
-            raise _wrong(name, "a 1-D int32 or int64 tensor", value)
-    ids = token_ids.detach().cpu().contiguous()
-    if cu_seqlens is None:
-        _check_ids(ids, token_bytes)
-        return ids, ids
+    return token_ids.detach().cpu().contiguous()
+
+
+def _bounds_on_cpu(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    _check_integers("cu_seqlens", cu_seqlens)
     cu = cu_seqlens.detach().cpu().to(torch.int64).contiguous()
-    if cu.numel() == 0 or cu[0] != 0 or cu[-1] != ids.numel():
+    if cu.numel() == 0 or cu[0] != 0 or cu[-1] != num_tokens:
         shown = f"{cu[0]} .. {cu[-1]}" if cu.numel() else "empty"
-        raise ValueError(f"cu_seqlens must begin with 0 and end with len(token_ids) = {ids.numel()}, got {shown}")
+        raise ValueError(f"cu_seqlens must begin with 0 and end with len(token_ids) = {num_tokens}, got {shown}")
     falls = np.flatnonzero(np.diff(cu.numpy()) < 0)
     if falls.size:
         i = int(falls[0])
         raise ValueError(f"cu_seqlens must not fall, but entry {i} is {cu[i]} and entry {i + 1} is {cu[i + 1]}")
-    return ids, cu
+    return cu
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
+        raise _wrong(name, "a 1-D int32 or int64 tensor", value)
 
 
 def _check_ids(ids: Tensor, token_bytes: TokenBytes) -> None:
@@ -565,13 +572,13 @@ class _Decoder:
         self.strips_first_space = False
         kinds = [step["type"] for step in self._steps]
         self._byte_level = "ByteLevel" in kinds
-        for step in self._steps:
+        for index, step in enumerate(self._steps):
             match step:
                 case {"type": "ByteLevel" | "ByteFallback" | "Fuse"} | {"type": "Replace", "pattern": {"String": _}}:
                     pass
                 case {"type": "Metaspace"}:
                     self.strips_first_space |= step.get("prepend_scheme", "always") != "never"
-                case {"type": "Strip", "content": " ", "stop": 0} if "Fuse" in kinds[: self._steps.index(step)]:
+                case {"type": "Strip", "content": " ", "stop": 0} if "Fuse" in kinds[:index]:
                     self.strips_first_space = True
                 case _:
                     raise ValueError(self._advice(name, json.dumps(step)))

@@ -535,6 +535,7 @@ def test_one_token_too_many_or_too_few_is_refused(difference):
         (torch.tensor([0.0, 3.0]), r"cu_seqlens must be a 1-D int32 or int64 tensor, got torch.float32 \[2\]"),
         (torch.tensor([[0, 3]]), r"cu_seqlens .* \[1, 2\]"),
         ([0, 3], "cu_seqlens .* list"),
+        (None, "cu_seqlens .* NoneType"),
     ],
 )
 def test_wrong_cu_seqlens_are_named(cu, message):
@@ -558,9 +559,14 @@ def test_wrong_token_bytes_are_named():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_unknown_ids_are_named_with_their_position(wrong, dtype, delimiter):
     ids, cu = batch([0, 1], [2, wrong, 0], [wrong], dtype=dtype)
+    message = rf"token_ids\[3\] is {wrong}, .* 0 to 15; .* num_tokens="
     for run in (segment, reference):
-        with pytest.raises(ValueError, match=rf"token_ids\[3\] is {wrong}, .* 0 to 15; .* num_tokens="):
+        with pytest.raises(ValueError, match=message):
             run(ids, cu, SIMPLE, delimiter)
+    with pytest.raises(ValueError, match=message):
+        truncated(ids, cu, SIMPLE)
+    with pytest.raises(ValueError, match=message):
+        step_texts(ids, Steps(cu[:0], cu[:0], cu * 0), SIMPLE)
     assert len(segment(*batch([0, 1], dtype=dtype), SIMPLE, delimiter).starts) == 1
 
 
@@ -769,7 +775,7 @@ class SlowTokenizer(PreTrainedTokenizer):
 @pytest.mark.parametrize("tokenizer", [SlowTokenizer(), object(), None], ids=["slow", "object", "None"])
 def test_tokenizers_without_byte_mapping_are_refused_with_advice(tokenizer):
     with pytest.raises(
-        ValueError, match=rf"{type(tokenizer).__name__} has no byte mapping.*use_fast=True.*TokenBytes\("
+        ValueError, match=rf"{type(tokenizer).__name__} has no byte mapping.*AutoTokenizer.*TokenBytes\("
     ):
         TokenBytes.from_tokenizer(tokenizer)
 
