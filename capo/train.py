@@ -9,6 +9,7 @@ Dimension key: B responses of one update, N packed response tokens, M steps, K c
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -73,6 +74,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     rundir.check(config, resume)
     try:
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
+            rundir.check(config, resume)  # again, now that nobody else can write there
             return _Run(config, resume, console, stop).train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
@@ -144,6 +146,7 @@ class _Run:
             checkpoint.write_text(self.folder / "config.yaml", config.to_yaml())
             if not self._warm_start():
                 return False
+            shutil.rmtree(start, ignore_errors=True)  # of a run that ended before its first checkpoint
             checkpoint.save(start, self.model, None, {})
             self.state["accuracy_before"] = self.state["accuracy"] = accuracy(self.model, self.task, self.held_out)
         if config.loss.kl_coef > 0:
