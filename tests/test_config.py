@@ -162,7 +162,9 @@ def test_an_override_into_a_section_that_the_file_made_a_value(tmp_path):
     assert "model is a section" in refusal(written(tmp_path, "model: 3"), ["model.hidden=8"])
 
 
-@pytest.mark.parametrize("key", ["api_key", "judge.api_key", "judge.api_token", "password", "hf_token", "client_secret"])
+@pytest.mark.parametrize(
+    "key", ["api_key", "judge.api_key", "judge.api_token", "password", "hf_token", "client_secret"]
+)
 def test_secrets_are_refused_and_not_repeated(tmp_path, key):
     section, _, name = key.rpartition(".")
     text = f"{section}: {{{name}: hunter2}}" if section else f"{name}: hunter2"
@@ -227,7 +229,7 @@ def test_yaml_round_trip(tmp_path):
     config = load_config(None, ["learning_rate=1e-7", "credit.clamp=3", "output=on", "warm_start.cache=null"])
     text = config.to_yaml()
     assert load_config(written(tmp_path, text)) == config
-    assert text.startswith("method: capo\noutput: 'on'\nupdates: 60\n")
+    assert text.startswith("method: capo\noutput: on\nupdates: 60\n")
 
 
 def test_differing_keys():
