@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import capo.checkpoint as checkpoint
+from capo import checkpoint
 from capo.config import ModelConfig, TaskConfig
 from capo.data import ArithmeticTask
 from capo.models import build_model
