@@ -4,6 +4,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -332,6 +335,34 @@ def test_stop_signal_saves_once_and_the_run_goes_on_bit_for_bit(tmp_path, monkey
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     result = run(small(tmp_path, "updates=5", "save_every=5"), resume=True)
     assert not result.stopped
+    (one, rows), (other, other_rows) = contents(whole), contents(result)
+    assert same(one, other) and rows == other_rows
+
+
+def started(tmp_path, *overrides):
+    """A run in a process of its own, once it has done three updates."""
+    path = tmp_path / "config.yaml"
+    path.write_text(small(tmp_path, *overrides).to_yaml())
+    process = subprocess.Popen([sys.executable, "-P", "-m", "capo.cli", "train", str(path)], stdout=subprocess.PIPE)
+    log = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if len(read_metrics(log)) > 3:
+            return process
+        time.sleep(0.1)
+    process.kill()
+    pytest.fail("the run did not get anywhere in a minute")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_ended_by_a_signal_resumes_bit_for_bit(tmp_path, number):
+    process = started(tmp_path, "updates=1000000", "threads=1")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert (b"go on with: capo train" in output) == (number == signal.SIGTERM)
+    updates = checkpoint.saved_updates(tmp_path / "run" / "checkpoints")[-1] + 2
+    result = run(small(tmp_path, f"updates={updates}", "threads=1"), resume=True)
+    whole = run(small(tmp_path, f"updates={updates}", "threads=1", name="whole"))
     (one, rows), (other, other_rows) = contents(whole), contents(result)
     assert same(one, other) and rows == other_rows
 
