@@ -140,10 +140,11 @@ class _Run:
         config = self.config
         start = self.folder / "start"
         if self.resume:
-            latest = checkpoint.saved_updates(self.checkpoints)[-1]
-            self.state = checkpoint.load(
-                checkpoint.checkpoint_path(self.checkpoints, latest), self.model, self.optimizer
-            )
+            latest = checkpoint.checkpoint_path(self.checkpoints, checkpoint.saved_updates(self.checkpoints)[-1])
+            try:
+                self.state = checkpoint.load(latest, self.model, self.optimizer)
+            except checkpoint.CheckpointError as error:
+                raise checkpoint.CheckpointError(f"{error}; remove {latest} to resume from the one before") from None
         else:
             checkpoint.write_text(self.folder / "config.yaml", config.to_yaml())
             if not self._warm_start():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import resource
 import subprocess
 import sys
 import time
@@ -74,7 +75,11 @@ def main() -> None:
     )
     table = markdown(curves, args.methods, seeds)
     write_text(args.output / "comparison.md", table)
-    print(f"\n{table}\n{len(jobs)} runs in {time.perf_counter() - began:.0f} s; files in {args.output}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"\n{table}\n{len(jobs)} runs in {time.perf_counter() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of "
+        f"CPU time; files in {args.output}"
+    )
 
 
 def markdown(curves: dict[tuple[str, int], dict[int, float]], methods: list[str], seeds: range) -> str:
