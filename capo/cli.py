@@ -60,7 +60,7 @@ def train(
 
         capo train examples/arithmetic/capo.yaml method=grpo seeds.rl=1 output=runs/grpo-1
 
-    --dry-run prints all settings; capo/config.py explains them. Ctrl-C saves and stops.
+    --dry-run prints all settings, each with its meaning. Ctrl-C saves and stops.
     """
     from capo.config import load_config
 
@@ -68,15 +68,15 @@ def train(
     if dry_run:
         typer.echo(settings.to_yaml(), nl=False)
         return
-    from safetensors import SafetensorError
-
-    from capo.checkpoint import CheckpointError
-    from capo.train import TrainingError
-    from capo.train import train as run
-
+    try:
+        from capo.checkpoint import CheckpointError
+        from capo.train import TrainingError
+        from capo.train import train as run
+    except ModuleNotFoundError as error:
+        raise UsageError(f"capo train needs {error.name}: pip install 'capo[train]'") from None
     try:
         result = run(settings, resume=resume)
-    except (CheckpointError, TrainingError, SafetensorError, OSError) as error:
+    except (CheckpointError, TrainingError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     if result.before is None:

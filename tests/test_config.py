@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,11 +226,20 @@ def test_outcome_only_methods_do_without_votes_and_may_have_them():
         load_config(None, [f"method={method}", "judge.num_votes=3"])
 
 
-def test_yaml_round_trip(tmp_path):
-    config = load_config(None, ["learning_rate=1e-7", "credit.clamp=3", "output=on", "warm_start.cache=null"])
-    text = config.to_yaml()
-    assert load_config(written(tmp_path, text)) == config
-    assert text.startswith("method: capo\noutput: on\nupdates: 60\n")
+@pytest.mark.parametrize(
+    "output",
+    ["on", "null", "runs/a-{method}", "a: b # c", "ünï 😀", "\"quoted\" \\ 'twice'", "two\nlines", "-", "12", "1e3"],
+)
+def test_yaml_round_trip(tmp_path, output):
+    config = load_config(None, ["learning_rate=1e-7", "credit.clamp=3", f"output={output}", "warm_start.cache=null"])
+    assert config.output == output and load_config(written(tmp_path, config.to_yaml())) == config
+
+
+def test_yaml_shows_every_setting_with_its_meaning():
+    lines = TrainConfig().to_yaml().splitlines()
+    assert re.fullmatch(r"method: capo +# credit rule, .*", lines[0])
+    assert len(lines) == len(_all_keys(TrainConfig)) + 7  # seven sections
+    assert all(re.search(r" # \S", line) for line in lines)
 
 
 def test_differing_keys():
@@ -248,11 +258,19 @@ def test_examples_differ_in_method_and_judge_only():
 def test_command_line_dry_run_and_exit_codes(tmp_path):
     path = written(tmp_path, "updates: 3\n")
     shown = CliRunner().invoke(app, ["train", str(path), "epochs=2", "--dry-run"])
-    assert shown.exit_code == 0 and "updates: 3\n" in shown.stdout and "epochs: 2\n" in shown.stdout
+    assert shown.exit_code == 0 and re.search("^updates: 3 .*\n(.*\n)*epochs: 2 ", shown.stdout, re.MULTILINE)
     code = "import sys; from capo.cli import main; sys.argv[1:] = ['train', sys.argv[1], 'updats=3']; main()"
     done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown key updats; did you mean updates?\n"
+
+
+def test_missing_libraries_are_named():
+    code = "import sys; sys.modules['safetensors'] = None; from capo.cli import main; sys.argv[1:] = ['train', sys.argv[1]]; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(EXAMPLES / "capo.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stderr == "error: capo train needs safetensors: pip install 'capo[train]'\n"
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
