@@ -141,6 +141,7 @@ def test_every_number_has_a_range(key, value):
         ("# " + "x" * MAX_FILE, f"more than {MAX_FILE} bytes"),
         (b"updates: \xff", "not UTF-8"),
         (b"updates: \x00", "not valid YAML"),
+        ("updates: " + "1" * 5000, "not valid YAML"),
     ],
     ids=lambda value: repr(value)[:30],
 )
