@@ -209,10 +209,22 @@ def _without_reasoning(text: str) -> str:
     return "".join(kept if inside else [*kept, text[done:]])
 
 
+# Patterns for any nonce, which is compared afterwards: compiling them anew for each would cost more than all the rest.
+_SUFFIX = ":[0-9A-Za-z]{4,64}"
+_LIST_TAG = re.compile(f"<(?P<close>/?)incorrect_steps(?P<suffix>{_SUFFIX})?>")
+_NUMBER = "(?:0|[1-9][0-9]*)"
+_ITEM = re.compile(
+    rf"(?P<first><step_{_NUMBER}(?P<suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER})"
+    rf"(?:\s*[-–]\s*(?P<last><step_{_NUMBER}(?P<last_suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER}))?"
+)
+
+
 def _last_block(text: str, suffix: str) -> tuple[str | None, bool]:
     """The text in the last complete list block, or None; and whether a block is left open at the end."""
     block, begin = None, None
-    for tag in re.finditer(f"<(?P<close>/?)incorrect_steps{suffix}>", text):
+    for tag in _LIST_TAG.finditer(text):
+        if (tag["suffix"] or "") != suffix:
+            continue
         if not tag["close"]:
             begin = tag.end()
         elif begin is not None:
@@ -222,14 +234,12 @@ def _last_block(text: str, suffix: str) -> tuple[str | None, bool]:
 
 
 def _indices(block: str, num_steps: int, suffix: str) -> tuple[int, ...]:
-    index = rf"(?:<step_(?:0|[1-9][0-9]*)(?:{suffix})?>|(?:step_)?(?:0|[1-9][0-9]*))"
-    item = re.compile(rf"({index})(?:\s*[-–]\s*({index}))?")
     spans = []
     for written in dict.fromkeys(block.split(",")) if block else ():  # each once: a repeated item costs next to nothing
-        match = item.fullmatch(written.strip())
-        if match is None:
+        match = _ITEM.fullmatch(written.strip())
+        if match is None or {match["suffix"], match["last_suffix"]} - {None, suffix}:
             raise CritiqueError(Reason.BAD_INDEX, f"{written.strip()!r:.40} is no step index")
-        first, last = (_number(part, num_steps) for part in (match[1], match[2] or match[1]))
+        first, last = (_number(part, num_steps) for part in (match["first"], match["last"] or match["first"]))
         if first > last:
             raise CritiqueError(Reason.BAD_INDEX, f"range {written.strip()!r:.40} runs backwards")
         spans.append((first, last))

@@ -744,3 +744,13 @@ def test_count_duplicates():
 def test_reading_critiques_needs_no_torch():
     code = "import sys, capo.critique, capo.judges.scripted; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_a_new_nonce_for_every_reply_costs_nothing():
+    """No pattern may be compiled per nonce: that takes a millisecond."""
+    replies = [
+        (f"{i:012x}", f"Judgment: No\n<incorrect_steps:{i:012x}>1</incorrect_steps:{i:012x}>") for i in range(2000)
+    ]
+    began = time.process_time()
+    assert all(parse(text, 2, nonce).flagged == (1,) for nonce, text in replies)
+    assert time.process_time() - began < 1
