@@ -735,3 +735,10 @@ def test_count_duplicates():
 def test_reading_critiques_needs_no_torch():
     code = "import sys, capo.critique, capo.judges.scripted; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_agreement_of_counted_rows_is_that_of_the_rows_written_out():
+    rows = torch.tensor([[1, 1, 0], [0, -1, 0], [1, 0, -1], [-1, -1, -1]], dtype=torch.int8)
+    counts = torch.tensor([3, 1, 2, 0])
+    assert agreement(rows, counts) == agreement(rows.repeat_interleave(counts, 0))
+    assert agreement(rows, counts) != agreement(rows)
