@@ -1,0 +1,637 @@
+"""Reward shaping of rollouts on disk: outcomes and critiques in, token advantages out. ``docs/score.md`` has the formats.
+
+A file is read once, in chunks of whole groups, so that memory does not grow with it. Only if a group turns out to be
+scattered over the file is everything read again and held until its groups are complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import capo
+from capo.credit import Credit, CreditRule
+from capo.critique import Agreement, agreement, vote_table
+from capo.records import NO_VOTES, CritiqueIndex, Rejected, Response, Row, Votes, read_rows, responses_of
+from capo.reference import step_weights
+from capo.steps import segment
+from capo.tokenizer import Tokenizer, load_tokenizer
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as error:
+    raise ImportError("writing parquet needs pyarrow: pip install 'capo[score]'") from error
+
+CHUNK_TOKENS = 1 << 20  # tokens scored at a time, and about those of a row group; at least one whole group
+_SHOWN_REJECTS = 10
+
+SCHEMA = pa.schema(
+    [
+        ("response_id", pa.string()),
+        ("prompt_index", pa.int64()),
+        ("response_index", pa.int32()),
+        ("group", pa.int32()),
+        ("group_id", pa.string()),
+        ("outcome", pa.float32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("advantages", pa.list_(pa.float32())),
+        ("step_starts", pa.list_(pa.int32())),
+        ("step_ends", pa.list_(pa.int32())),
+        ("step_weights", pa.list_(pa.float32())),
+        ("votes", pa.list_(pa.list_(pa.int8()))),
+        ("valid_critiques", pa.int32()),
+        ("invalid_critiques", pa.int32()),
+        ("failed_critiques", pa.int32()),
+    ]
+)
+
+Progress = Callable[[float, int, int], None]  # share of the file done, responses and tokens so far
+
+
+class InputError(ValueError):
+    """The arguments are at fault; nothing was read or written."""
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What was scored.
+
+    Args:
+        responses, tokens, steps, groups: how many.
+        right, wrong, undecided: responses by outcome (above 0, at most 0, none).
+        flag_rate: share of flagged among the valid votes, over all steps and over those of right, wrong and undecided
+            responses; None where there are no votes.
+        vote_agreement, kappa: see `capo.critique.Agreement`.
+        critiques: valid, invalid and failed ones.
+        uncritiqued: responses with steps and without critiques.
+        parse_failures: invalid critiques by reason.
+        zero_signal_groups: groups in which every advantage is 0.
+        bad_rows: refused rows, or responses of rows.
+        bad_row_examples: the first of them.
+        seconds: wall time.
+    """
+
+    responses: int
+    tokens: int
+    steps: int
+    groups: int
+    right: int
+    wrong: int
+    undecided: int
+    flag_rate: dict[str, float | None]
+    vote_agreement: float | None
+    kappa: float | None
+    critiques: dict[str, int]
+    uncritiqued: int
+    parse_failures: dict[str, int]
+    zero_signal_groups: int
+    bad_rows: int
+    bad_row_examples: tuple[str, ...]
+    seconds: float
+
+
+class Scored(NamedTuple):
+    """What `score` returns: the table of `SCHEMA`, the summary, the refused rows."""
+
+    table: pa.Table
+    summary: ScoreSummary
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True)
+class _Options:
+    tokenizer: Tokenizer
+    rule: CreditRule
+    delimiter: str
+    num_votes: int | None
+
+
+def score(
+    rollouts: Iterable[dict],
+    critiques: Iterable[dict] | None,
+    tokenizer: Any,
+    rule: CreditRule = CreditRule(),
+    *,
+    delimiter: str = "\n\n",
+    num_votes: int | None = None,
+) -> Scored:
+    """Token advantages of records in memory; everything is as in `score_file`.
+
+    Args:
+        rollouts: rollout rows.
+        critiques: critique rows; None if there are none.
+        tokenizer: see `capo.tokenizer.load_tokenizer`.
+        rule: how outcomes and votes become advantages.
+        delimiter: what separates steps.
+        num_votes: number of votes of every step; None: as many as the response has critiques.
+
+    Raises:
+        InputError: an argument is at fault. Rows never raise; see ``Scored.rejected``.
+    """
+    options = _options(tokenizer, rule, delimiter, num_votes, critiques is not None)
+    index = CritiqueIndex.of_records(critiques or ())
+    rows = (Row(line, record, None, b"") for line, record in enumerate(rollouts, 1))
+    batches: list[pa.RecordBatch] = []
+    rejected: list[Rejected] = []
+    run = _Run(options, index, "rollouts", batches.append, rejected.append)
+    run.all_at_once(rows)
+    return Scored(pa.Table.from_batches(batches, _schema(options)), run.summary(), rejected)
+
+
+def score_file(
+    rollouts: str | PathLike[str],
+    critiques: str | PathLike[str] | None,
+    tokenizer: Any,
+    out: str | PathLike[str],
+    rule: CreditRule = CreditRule(),
+    *,
+    delimiter: str = "\n\n",
+    num_votes: int | None = None,
+    summary: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> ScoreSummary:
+    """Token advantages of a file of rollouts, written to a parquet file.
+
+    ``out`` appears whole or not at all, and an older file in its place stays until then. Rows that cannot be used are
+    written to ``<out>.rejected.jsonl`` with the reason, and all others are scored; a file of that name from an earlier
+    run is removed if there are none.
+
+    Args:
+        rollouts: JSON lines or parquet.
+        critiques: JSON lines; None if there are none, for rules that need none.
+        tokenizer: see `capo.tokenizer.load_tokenizer`.
+        out: the parquet file.
+        rule: how outcomes and votes become advantages.
+        delimiter: what separates steps.
+        num_votes: number of votes of every step, those missing count as abstained, and a response with more critiques is
+            refused them; None: as many as the response has critiques.
+        summary: where to write the summary as JSON; None: nowhere.
+        progress: called now and then.
+
+    Raises:
+        InputError: an argument is at fault; nothing was written.
+        OSError: reading or writing failed; nothing was left behind.
+    """
+    started = time.perf_counter()
+    rollouts, out = Path(rollouts), Path(out)
+    critiques = None if critiques is None else Path(critiques)
+    summary = None if summary is None else Path(summary)
+    rejects = out.with_name(f"{out.name}.rejected.jsonl")
+    _check_files([file for file in (rollouts, critiques) if file], [file for file in (out, rejects, summary) if file])
+    options = _options(tokenizer, rule, delimiter, num_votes, critiques is not None)
+    if rollouts.suffix == ".parquet":
+        _check_parquet(rollouts)
+    with contextlib.ExitStack() as stack:
+        table = stack.enter_context(_Replacing(out))
+        listing = stack.enter_context(_Replacing(rejects))
+        report = None if summary is None else stack.enter_context(_Replacing(summary))
+        index = CritiqueIndex("critiques") if critiques is None else CritiqueIndex.of_file(critiques)
+        run = _score_rows(rollouts, index, options, table, listing, progress)
+        result = dataclasses.replace(run.summary(), seconds=time.perf_counter() - started)
+        if report is not None:
+            report.file.write(json.dumps(dataclasses.asdict(result), indent=2).encode() + b"\n")
+            report.commit()
+        if result.bad_rows:
+            listing.commit()
+        table.commit()
+    if not result.bad_rows:
+        rejects.unlink(missing_ok=True)
+    return result
+
+
+def _score_rows(
+    rollouts: Path,
+    index: CritiqueIndex,
+    options: _Options,
+    table: _Replacing,
+    listing: _Replacing,
+    progress: Progress | None,
+) -> _Run:
+    """Run over the file in chunks, or, if its groups are scattered, once more and all at once."""
+    for streaming in (True, False):
+        table.restart()
+        listing.restart()
+        index.reset()
+        with pq.ParquetWriter(table.file, _schema(options), compression="zstd") as writer:
+            run = _Run(
+                options,
+                index,
+                str(rollouts),
+                writer.write_batch,
+                lambda rejected: listing.file.write(rejected.to_json() + b"\n"),
+            )
+            rows = read_rows(rollouts)
+            if progress is not None:
+                rows = _watched(rows, rollouts, run, progress)
+            try:
+                run.in_chunks(rows) if streaming else run.all_at_once(rows)
+            except _ScatteredGroup:
+                continue
+        return run
+    raise RuntimeError("unreachable: only chunks can meet a scattered group")
+
+
+class _ScatteredGroup(Exception):
+    """A response came whose group has been scored already."""
+
+
+class _Run:
+    """One pass over the rows: from rows to groups, chunks, batches, and the counts of the summary.
+
+    Args:
+        options: how to score.
+        critiques: where the critiques are.
+        file: name of the rollouts, for messages.
+        write: takes each batch of `SCHEMA`.
+        reject: takes each refused row.
+    """
+
+    def __init__(
+        self,
+        options: _Options,
+        critiques: CritiqueIndex,
+        file: str,
+        write: Callable[[pa.RecordBatch], None],
+        reject: Callable[[Rejected], None],
+    ) -> None:
+        self.options = options
+        self.tallies = _Tallies()
+        self._critiques = critiques
+        self._file = file
+        self._write = write
+        self._reject_to = reject
+        self._group_numbers: dict[Any, int] = {}
+        self._ids: set[str] = set()
+
+    def in_chunks(self, rows: Iterable[Row]) -> None:
+        """Score rows whose groups are adjacent; raises `_ScatteredGroup` as soon as they are not."""
+        chunk: list[Response] = []
+        size, first_open = 0, 0
+        for response in self._responses(rows):
+            if response.group < first_open:
+                raise _ScatteredGroup
+            if size >= CHUNK_TOKENS and response.group != chunk[-1].group:
+                first_open = response.group
+                self._score(chunk)
+                chunk, size = [], 0
+            chunk.append(response)
+            size += response.size
+        self._finish([chunk])
+
+    def all_at_once(self, rows: Iterable[Row]) -> None:
+        """Score rows in any order; the responses of a group come out together."""
+        groups: dict[int, list[Response]] = {}
+        for response in self._responses(rows):
+            groups.setdefault(response.group, []).append(response)
+        self._finish(_chunks(groups.values()))
+
+    def summary(self) -> ScoreSummary:
+        return self.tallies.summary()
+
+    def _finish(self, chunks: Iterable[list[Response]]) -> None:
+        for chunk in chunks:
+            self._score(chunk)
+        self._critiques.refuse_untaken()
+        for rejected in self._critiques.rejected:
+            self._reject(rejected)
+
+    def _responses(self, rows: Iterable[Row]) -> Iterator[Response]:
+        """The responses that can be used, each with the number of its group, in order of first appearance."""
+        for row in rows:
+            for response in responses_of(row, len(self.options.tokenizer.token_bytes)):
+                if isinstance(response, Rejected):
+                    self._reject(dataclasses.replace(response, file=self._file))
+                elif response.id in self._ids:
+                    self._reject(response.rejected(self._file, f"response id {response.id!r} was there before"))
+                else:
+                    self._ids.add(response.id)
+                    response.group = self._group_numbers.setdefault(response.group_key, len(self._group_numbers))
+                    yield response
+
+    def _reject(self, rejected: Rejected) -> None:
+        self.tallies.bad_rows += 1
+        if len(self.tallies.bad_row_examples) < _SHOWN_REJECTS:
+            self.tallies.bad_row_examples.append(str(rejected))
+        self._reject_to(rejected)
+
+    def _score(self, responses: list[Response]) -> None:
+        """Score whole groups and write them."""
+        options = self.options
+        responses = self._encoded(responses)
+        if not responses:
+            return
+        self._verify(responses)
+        token_ids, cu_seqlens = _flat([response.token_ids for response in responses], np.int32)
+        packed = torch.from_numpy(token_ids), torch.from_numpy(cu_seqlens)
+        steps = segment(*packed, options.tokenizer.token_bytes, options.delimiter)
+        num_steps = steps.cu_steps.diff().tolist()
+        heard = [
+            self._critiques.take(response, count, options.num_votes)
+            for response, count in zip(responses, num_steps, strict=True)
+        ]
+        votes = vote_table([one.critiques for one in heard], num_steps, options.num_votes)
+        outcomes = torch.tensor([response.outcome for response in responses], dtype=torch.float32)
+        groups = torch.tensor([response.group for response in responses], dtype=torch.int32)
+        credit = Credit(outcomes, votes, steps, packed[1], groups, options.rule)
+        chunk = _Chunk(responses, heard, token_ids, credit, credit.advantages().numpy())
+        self.tallies.add(chunk)
+        self._write(chunk.batch(options))
+
+    def _encoded(self, responses: list[Response]) -> list[Response]:
+        """The responses with token ids; text is encoded here, once, in one call."""
+        texts = [response for response in responses if response.token_ids is None]
+        try:
+            encoded = self.options.tokenizer.encode([response.text or "" for response in texts]) if texts else ()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        for response, token_ids in zip(texts, encoded, strict=True):
+            response.token_ids = token_ids
+        kept = []
+        for response in responses:
+            length = len(response.token_ids or ())
+            if response.num_logprobs in (None, length):
+                kept.append(response)
+            else:
+                reason = f"{response.num_logprobs} logprobs, but the text has {length} tokens"
+                self._reject(response.rejected(self._file, reason))
+        return kept
+
+    def _verify(self, responses: list[Response]) -> None:
+        """Give every response an outcome; NaN where there is no answer to verify against."""
+        for response in responses:
+            if response.outcome is None:
+                response.outcome = float("nan")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Responses and what was made of them, packed."""
+
+    responses: list[Response]
+    heard: list[Votes]
+    token_ids: np.ndarray
+    credit: Credit
+    advantages: np.ndarray
+
+    def batch(self, options: _Options) -> pa.RecordBatch:
+        """The rows of the output, made of flat buffers and offsets."""
+        steps = self.credit.steps
+        cu_seqlens, cu_steps = self.credit.cu_seqlens.numpy(), steps.cu_steps.numpy()
+        offsets, step_offsets = pa.array(cu_seqlens, pa.int32()), pa.array(cu_steps, pa.int32())
+        origins = np.repeat(cu_seqlens[:-1], np.diff(cu_steps))
+        weights = step_weights(self.credit.votes, options.rule.vote).numpy()
+
+        def by_token(values: np.ndarray) -> pa.Array:
+            return pa.ListArray.from_arrays(offsets, pa.array(values))
+
+        def by_step(values: Any, dtype: Any) -> pa.Array:
+            return pa.ListArray.from_arrays(step_offsets, pa.array(values.astype(dtype)))
+
+        columns = [
+            pa.array([response.id for response in self.responses], pa.string()),
+            pa.array([response.line - 1 for response in self.responses], pa.int64()),
+            pa.array([response.index for response in self.responses], pa.int32()),
+            pa.array(self.credit.groups.numpy()),
+            pa.array([response.group_id for response in self.responses], pa.string()),
+            pa.array(self.credit.outcomes.numpy(), from_pandas=True),  # NaN is null
+            by_token(self.token_ids),
+            by_token(self.advantages),
+            by_step(steps.starts.numpy() - origins, np.int32),
+            by_step(steps.ends.numpy() - origins, np.int32),
+            by_step(weights, np.float32),
+            pa.ListArray.from_arrays(step_offsets, self._votes(options.num_votes)),
+            pa.array([len(one.critiques) - one.invalid - one.failed for one in self.heard], pa.int32()),
+            pa.array([one.invalid for one in self.heard], pa.int32()),
+            pa.array([one.failed for one in self.heard], pa.int32()),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=_schema(options))
+
+    def _votes(self, num_votes: int | None) -> pa.ListArray:
+        """The votes of each step, without the columns that only other responses have."""
+        table = self.credit.votes.numpy()
+        num_steps = np.diff(self.credit.steps.cu_steps.numpy())
+        own = np.full(len(self.heard), num_votes) if num_votes else np.array([len(one.critiques) for one in self.heard])
+        widths = np.repeat(own.astype(np.int64), num_steps)
+        values = table[np.arange(table.shape[1]) < widths[:, None]]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(widths)]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+@dataclass
+class _Tallies:
+    """The counts of the summary."""
+
+    responses: int = 0
+    tokens: int = 0
+    steps: int = 0
+    signal_groups: int = 0
+    groups: int = 0
+    uncritiqued: int = 0
+    bad_rows: int = 0
+    bad_row_examples: list[str] = field(default_factory=list)
+    by_outcome: Counter[str] = field(default_factory=Counter)
+    critiques: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    valid_votes: Counter[str] = field(default_factory=Counter)
+    flagged_votes: Counter[str] = field(default_factory=Counter)
+    rows_of_votes: Counter[tuple[int, int]] = field(default_factory=Counter)  # steps by (valid votes, flagged votes)
+
+    def add(self, chunk: _Chunk) -> None:
+        credit = chunk.credit
+        votes, cu_steps = credit.votes.numpy(), credit.steps.cu_steps.numpy()
+        outcomes, groups = credit.outcomes.numpy(), credit.groups.numpy()
+        valid, flagged = (votes >= 0).sum(1), (votes == 1).sum(1)
+        valid_of, flagged_of = _sums(valid, cu_steps), _sums(flagged, cu_steps)
+        classes = {"right": outcomes > 0, "wrong": outcomes <= 0, "undecided": np.isnan(outcomes)}
+        for name, members in classes.items():
+            self.by_outcome[name] += int(members.sum())
+            self.valid_votes[name] += int(valid_of[members].sum())
+            self.flagged_votes[name] += int(flagged_of[members].sum())
+        pairs, counts = np.unique(np.stack([valid, flagged], 1), axis=0, return_counts=True)
+        self.rows_of_votes.update(dict(zip(map(tuple, pairs.tolist()), counts.tolist(), strict=True)))
+        has_signal = _sums(chunk.advantages != 0, credit.cu_seqlens.numpy()) > 0
+        self.signal_groups += len(np.unique(groups[has_signal]))
+        self.groups += len(np.unique(groups))
+        self.responses += len(chunk.responses)
+        self.tokens += len(chunk.token_ids)
+        self.steps += len(votes)
+        for one in chunk.heard:
+            self.critiques["invalid"] += one.invalid
+            self.critiques["failed"] += one.failed
+            self.critiques["valid"] += len(one.critiques) - one.invalid - one.failed
+            self.reasons.update(one.reasons)
+        bare = [one is NO_VOTES for one in chunk.heard]
+        self.uncritiqued += int((np.diff(cu_steps)[bare] > 0).sum())
+
+    def agreement(self) -> Agreement:
+        """Agreement of all votes; how the votes on a step are arranged does not matter, only how many say what."""
+        width = max((valid for valid, _ in self.rows_of_votes), default=0)
+        rows = [[1] * f + [0] * (v - f) + [-1] * (width - v) for v, f in self.rows_of_votes]
+        counts = torch.tensor(list(self.rows_of_votes.values()), dtype=torch.int64)
+        return agreement(torch.tensor(rows, dtype=torch.int8).reshape(len(rows), width), counts)
+
+    def summary(self) -> ScoreSummary:
+        agreed = self.agreement()
+        flag_rate = {"all": agreed.flag_rate}
+        for name in ("right", "wrong", "undecided"):
+            valid = self.valid_votes[name]
+            flag_rate[name] = self.flagged_votes[name] / valid if valid else None
+        return ScoreSummary(
+            responses=self.responses,
+            tokens=self.tokens,
+            steps=self.steps,
+            groups=self.groups,
+            right=self.by_outcome["right"],
+            wrong=self.by_outcome["wrong"],
+            undecided=self.by_outcome["undecided"],
+            flag_rate=flag_rate,
+            vote_agreement=agreed.agreement,
+            kappa=agreed.kappa,
+            critiques={state: self.critiques[state] for state in ("valid", "invalid", "failed")},
+            uncritiqued=self.uncritiqued,
+            parse_failures=dict(self.reasons.most_common()),
+            zero_signal_groups=self.groups - self.signal_groups,
+            bad_rows=self.bad_rows,
+            bad_row_examples=tuple(self.bad_row_examples),
+            seconds=0.0,
+        )
+
+
+def _sums(values: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
+    """Sum of the values of each segment; 0 for an empty one."""
+    totals = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+    return totals[cumulative[1:]] - totals[cumulative[:-1]]
+
+
+def _flat(lists: Sequence[Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lists end to end, and their cumulative lengths."""
+    cumulative = np.zeros(len(lists) + 1, np.int64)
+    np.cumsum([len(values) for values in lists], out=cumulative[1:])
+    return np.fromiter(chain.from_iterable(lists), dtype, int(cumulative[-1])), cumulative
+
+
+def _chunks(groups: Iterable[list[Response]]) -> Iterator[list[Response]]:
+    chunk: list[Response] = []
+    size = 0
+    for group in groups:
+        chunk += group
+        size += sum(response.size for response in group)
+        if size >= CHUNK_TOKENS:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
+
+
+def _schema(options: _Options) -> pa.Schema:
+    """The columns, with what they were made with in the metadata."""
+    made_with = {
+        "version": capo.__version__,
+        "rule": dataclasses.asdict(options.rule),
+        "delimiter": options.delimiter,
+        "num_votes": options.num_votes,
+    }
+    return SCHEMA.with_metadata({"capo": json.dumps(made_with)})
+
+
+# ---- checks and files
+
+
+def _options(tokenizer: Any, rule: CreditRule, delimiter: str, num_votes: int | None, critiqued: bool) -> _Options:
+    if not delimiter:
+        raise InputError("the delimiter is empty")
+    if num_votes is not None and num_votes < 1:
+        raise InputError(f"num_votes must be at least 1, got {num_votes}")
+    if rule.process_weight > 0 and not critiqued:
+        raise InputError(
+            f"the rule gives the steps a weight of {rule.process_weight:g}, but there are no critiques; "
+            "give critiques or a process weight of 0"
+        )
+    try:
+        return _Options(load_tokenizer(tokenizer), rule, delimiter, num_votes)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"tokenizer: {error}") from error
+
+
+def _check_files(inputs: list[Path], outputs: list[Path]) -> None:
+    for file in inputs:
+        if not file.exists():
+            raise InputError(f"{file} does not exist")
+        if not file.is_file():
+            raise InputError(f"{file} is not a file")
+    taken = {file.resolve() for file in inputs}
+    for file in outputs:
+        if file.is_dir():
+            raise InputError(f"{file} is a directory")
+        if not file.parent.is_dir():
+            raise InputError(f"{file.parent} is not a directory")
+        if file.resolve() in taken:
+            raise InputError(f"{file} would overwrite another file of this run")
+        taken.add(file.resolve())
+
+
+def _check_parquet(file: Path) -> None:
+    try:
+        pq.read_schema(file)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{file} is not a parquet file: {error}") from error
+
+
+class _Replacing:
+    """A file written beside its place, and moved there by `commit`; without that, it is gone at the end of the block.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        try:
+            self.file = open(self._temporary, "wb")
+        except OSError as error:
+            raise InputError(f"cannot write to {place.parent}: {error.strerror}") from error
+
+    def __enter__(self) -> _Replacing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def restart(self) -> None:
+        """Throw away what was written."""
+        self.file.seek(0)
+        self.file.truncate()
+
+    def commit(self) -> None:
+        """Put the file in its place, whole."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self._temporary, self._place)
+
+
+def _watched(rows: Iterator[Row], file: Path, run: _Run, progress: Progress) -> Iterator[Row]:
+    """The rows, with a call of ``progress`` now and then."""
+    is_parquet = file.suffix == ".parquet"
+    total = pq.read_metadata(file).num_rows if is_parquet else file.stat().st_size
+    done = 0
+    for number, row in enumerate(rows):
+        if number % 256 == 0:
+            progress(done / max(total, 1), run.tallies.responses, run.tallies.tokens)
+        done += 1 if is_parquet else len(row.raw)
+        yield row
+    progress(1.0, run.tallies.responses, run.tallies.tokens)
