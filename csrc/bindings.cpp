@@ -1,15 +1,22 @@
-// capo._native: the table of contents of this folder. Tensors arrive as addresses (uintptr_t); capo/native.py makes
-// them.
+// capo._native: the table of contents of this folder. Tensors arrive as addresses (0 for none); capo/native.py makes them.
 #include <pybind11/pybind11.h>
 
+#include <cmath>
+
+#include "cpu/credit.h"
+#include "cpu/policy_loss.h"
+#include "cpu/rows.h"
 #include "text/segment.h"
 
 namespace py = pybind11;
+using namespace capo;
 
 namespace {
 
+using Address = uintptr_t;
+
 template <typename T>
-T* pointer(uintptr_t address) {
+T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
@@ -49,4 +56,88 @@ void bind_text(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of capo; called through capo.native";
   bind_text(m);
+
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  m.def("isa", [] { return row_kernels().isa; }, "Instruction set of the row kernels in use.");
+
+  m.def(
+      "credit",
+      [](Address outcomes, Address votes, Address starts, Address ends, Address cu_steps, Address cu_seqlens, Address groups,
+         Address advantages, int64_t responses, int64_t steps, int64_t votes_per_step, int64_t tokens, int vote,
+         double outcome_weight, double process_weight, int normalize, double std_floor, double clamp, int reward,
+         int num_threads) {
+        CreditArgs args;
+        args.outcomes = pointer<const float>(outcomes);
+        args.votes = pointer<const int8_t>(votes);
+        args.starts = pointer<const int64_t>(starts);
+        args.ends = pointer<const int64_t>(ends);
+        args.cu_steps = pointer<const int64_t>(cu_steps);
+        args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
+        args.groups = pointer<const int64_t>(groups);
+        args.advantages = pointer<float>(advantages);
+        args.responses = responses;
+        args.steps = steps;
+        args.votes_per_step = votes_per_step;
+        args.tokens = tokens;
+        args.rule = {static_cast<Vote>(vote), outcome_weight, process_weight, static_cast<Normalize>(normalize),
+                     std_floor, clamp, static_cast<Reward>(reward)};
+        args.num_threads = num_threads;
+        return credit(args);
+      },
+      release(), "Votes, outcomes, steps, groups -> advantages; false if the input does not fit.");
+
+  m.def(
+      "policy_loss",
+      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, int dtype, int64_t rows, int64_t vocab,
+         int64_t responses, Address labels, Address advantages, Address old_logprobs, Address ref_logprobs,
+         Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low, float ratio_high, float clip_dual,
+         int ratio, int reduce, float constant, float kl_coef, int kl, float entropy_coef, float temperature, int objective,
+         float importance_cap, Address loss, Address logprobs_out, Address entropy, Address clip_fraction, Address kl_out,
+         int num_threads) {
+        PolicyLossArgs args;
+        args.logits = pointer<const void>(logits);
+        args.logits_stride = logits_stride;
+        args.grad = pointer<void>(grad);
+        args.grad_stride = grad_stride;
+        args.dtype = static_cast<Dtype>(dtype);
+        args.rows = rows;
+        args.vocab = vocab;
+        args.responses = responses;
+        args.labels = pointer<const int64_t>(labels);
+        args.advantages = pointer<const float>(advantages);
+        args.old_logprobs = pointer<const float>(old_logprobs);
+        args.ref_logprobs = pointer<const float>(ref_logprobs);
+        args.rollout_logprobs = pointer<const float>(rollout_logprobs);
+        args.mask = pointer<const bool>(mask);
+        args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
+        args.rule = {ratio_low, ratio_high, clip_dual, static_cast<Ratio>(ratio), static_cast<Reduce>(reduce), constant,
+                     kl_coef, kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone, entropy_coef, temperature,
+                     static_cast<Objective>(objective), importance_cap};
+        args.loss = pointer<float>(loss);
+        args.logprobs = pointer<float>(logprobs_out);
+        args.entropy = pointer<float>(entropy);
+        args.clip_fraction = pointer<float>(clip_fraction);
+        args.kl = pointer<float>(kl_out);
+        args.num_threads = num_threads;
+        return policy_loss(args);
+      },
+      release(), "Logits, labels, advantages -> loss, metrics and gradient; false if the input does not fit.");
+
+  m.def(
+      "logprobs",
+      [](Address logits, int64_t logits_stride, int dtype, int64_t rows, int64_t vocab, Address labels, Address mask,
+         float temperature, Address logprobs_out, Address entropy, int num_threads) {
+        return logprobs({pointer<const void>(logits), logits_stride, static_cast<Dtype>(dtype), rows, vocab,
+                         pointer<const int64_t>(labels), pointer<const bool>(mask), temperature,
+                         pointer<float>(logprobs_out), pointer<float>(entropy), num_threads});
+      },
+      release(), "Logits, labels -> log-probabilities and entropies; false if a label does not fit.");
+
+  m.def(
+      "scale",
+      [](Address values, int64_t stride, int dtype, int64_t rows, int64_t vocab, float factor, int num_threads) {
+        scale(pointer<void>(values), stride, static_cast<Dtype>(dtype), rows, vocab, factor, num_threads);
+      },
+      release(), "Values times a factor, in place.");
 }

@@ -68,7 +68,7 @@ def test_noise_depends_on_content_seed_and_vote_and_on_nothing_else():
 )
 def test_noise_has_the_rates_asked_for(false_alarm, missed, invalid, failed):
     judge = ScriptedJudge(wrong_is_marked, false_alarm, missed, invalid, failed, seed=3)
-    replies = [reply for votes in judge.critique([request(n) for n in range(1500)], 2) for reply in votes]
+    replies = [reply for votes in judge.critique([request(n) for n in range(800)], 2) for reply in votes]
     states = [reply.state for reply in replies]
     assert near(states.count("invalid"), len(replies), invalid)
     assert near(states.count("failed"), len(replies), failed)

@@ -1,0 +1,96 @@
+// The loss of one token and its derivatives: the formulas of capo.reference, shared by host and device.
+#pragma once
+#include <math.h>
+
+#include "common/hd.h"
+
+namespace capo {
+
+enum class Ratio : int { kToken, kSequence, kSequenceToken };
+enum class Reduce : int { kSequenceMean, kTokenMean, kConstant };
+enum class Kl : int { kNone, kK1, kK2, kK3 };
+enum class Objective : int { kClip, kCispo };
+
+// LossRule of capo/losses.py; bounds instead of widths, infinity for "off".
+struct LossRule {
+  float ratio_low;       // 1 - clip_low
+  float ratio_high;      // 1 + clip_high
+  float clip_dual;       // or infinity
+  Ratio ratio;
+  Reduce reduce;
+  float constant;
+  float kl_coef;
+  Kl kl;                 // kNone if kl_coef is 0
+  float entropy_coef;
+  float temperature;
+  Objective objective;
+  float importance_cap;  // or a negative number
+};
+
+constexpr float kLogRatioLimit = 20.f;
+
+struct TokenInput {
+  float logp;
+  float entropy;
+  float log_ratio;  // logp - old_logp, or its mean over the response
+  float mismatch;   // old_logp - rollout_logp
+  float advantage;
+  float ref_logp;
+};
+
+struct TokenTerms {
+  float loss;
+  float through_ratio;  // d loss / d log_ratio
+  float through_logp;   // d loss / d logp besides that
+  float kl;
+  bool clipped;
+};
+
+CAPO_HD float limited(float x) { return x > kLogRatioLimit ? kLogRatioLimit : (x < -kLogRatioLimit ? -kLogRatioLimit : x); }
+
+CAPO_HD TokenTerms token_terms(const TokenInput& t, const LossRule& rule) {
+  TokenTerms out = {0.f, 0.f, 0.f, 0.f, false};
+  const float ratio = expf(limited(t.log_ratio));
+  const float bounded = ratio < rule.ratio_low ? rule.ratio_low : (ratio > rule.ratio_high ? rule.ratio_high : ratio);
+  if (rule.objective == Objective::kCispo) {
+    out.clipped = bounded != ratio;
+    out.loss = -bounded * t.advantage * t.logp;
+    out.through_logp = -bounded * t.advantage;
+  } else {
+    const bool clipped = bounded * t.advantage < ratio * t.advantage;
+    const bool dual = t.advantage < 0.f && ratio > rule.clip_dual;
+    out.clipped = clipped || dual;
+    out.loss = -(dual ? rule.clip_dual : clipped ? bounded : ratio) * t.advantage;
+    // A label of probability 0 has no gradient through the ratio.
+    const bool held = out.clipped || fabsf(t.log_ratio) > kLogRatioLimit || t.logp == -INFINITY;
+    out.through_ratio = held ? 0.f : -ratio * t.advantage;
+  }
+  if (rule.importance_cap >= 0.f) {
+    const float weight = fminf(expf(limited(t.mismatch)), rule.importance_cap);
+    out.loss *= weight;
+    out.through_ratio *= weight;
+    out.through_logp *= weight;
+  }
+  if (rule.kl != Kl::kNone) {
+    const float d = t.logp - t.ref_logp;
+    float slope;
+    if (rule.kl == Kl::kK1) {
+      out.kl = d;
+      slope = 1.f;
+    } else if (rule.kl == Kl::kK2) {
+      out.kl = 0.5f * d * d;
+      slope = d;
+    } else {
+      const float held = limited(d);
+      const float e = expm1f(-held);
+      out.kl = e + held;
+      slope = fabsf(d) > kLogRatioLimit ? 0.f : -e;
+    }
+    out.loss += rule.kl_coef * out.kl;
+    out.through_logp += rule.kl_coef * slope;
+  }
+  out.loss -= rule.entropy_coef != 0.f ? rule.entropy_coef * t.entropy : 0.f;
+  return out;
+}
+
+}  // namespace capo

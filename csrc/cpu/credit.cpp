@@ -1,0 +1,309 @@
+// Group statistics need only the lengths and weights of the steps: O(M) in float64; the token pass writes runs of equal values.
+#include "cpu/credit.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "common/parallel.h"
+
+namespace capo {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Smallest and largest of the numbers seen.
+struct Range {
+  double low = kInfinity, high = -kInfinity;
+  void add(double x) {
+    low = std::min(low, x);
+    high = std::max(high, x);
+  }
+  bool constant() const { return !(high > low); }
+  // max - min is within the rounding of means among the numbers
+  bool constant_but_rounding() const {
+    return constant() || high - low <= 1e-12 * std::max(std::abs(low), std::abs(high));
+  }
+};
+
+// Mean and standard deviation of few numbers, in two passes.
+struct Moments {
+  double mean = 0.0, std = 0.0;
+  Moments(const std::vector<double>& x, double degrees_lost) {
+    for (double value : x) mean += value;
+    mean /= static_cast<double>(x.size());
+    double squares = 0.0;
+    for (double value : x) squares += (value - mean) * (value - mean);
+    std = std::sqrt(squares / (static_cast<double>(x.size()) - degrees_lost));
+  }
+};
+
+class Pass {
+ public:
+  explicit Pass(const CreditArgs& a) : args(a), rule(a.rule), weights(a.steps), offset(a.responses), factor(a.responses) {}
+
+  void run() {
+    parallel_for(args.steps, 4096, args.num_threads, [&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s)
+        weights[s] = step_weight(args.votes + s * args.votes_per_step, args.votes_per_step, rule.vote);
+    });
+    std::vector<int64_t> order(args.responses);
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return args.groups[a] < args.groups[b]; });
+    for (size_t first = 0, last; first < order.size(); first = last) {
+      for (last = first + 1; last < order.size() && args.groups[order[last]] == args.groups[order[first]];) ++last;
+      members.clear();
+      for (size_t i = first; i < last; ++i)  // an undecided outcome leaves its group
+        if (!std::isnan(args.outcomes[order[i]])) members.push_back(order[i]);
+      if (!members.empty()) group();
+    }
+    parallel_for(args.responses, 8, args.num_threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) write(i);
+    });
+  }
+
+ private:
+  const CreditArgs& args;
+  const CreditRule& rule;
+  std::vector<double> weights;          // of each step
+  std::vector<double> offset, factor;   // of each response: advantage = (reward - offset) * factor
+  std::vector<int64_t> members;         // of the group at work
+
+  int64_t length(int64_t i) const { return args.cu_seqlens[i + 1] - args.cu_seqlens[i]; }
+  bool right(int64_t i) const { return args.outcomes[i] > 0.f; }
+  double outcome(int64_t i) const { return static_cast<double>(args.outcomes[i]); }
+
+  // The first flagged step of a response, or cu_steps[i + 1].
+  int64_t first_flagged(int64_t i) const {
+    int64_t s = args.cu_steps[i];
+    while (s < args.cu_steps[i + 1] && weights[s] < 0.5) ++s;
+    return s;
+  }
+
+  // The reward of a token outside all steps.
+  double base_reward(int64_t i) const {
+    const double c = rule.outcome_weight, p = rule.process_weight;
+    switch (rule.reward) {
+      case Reward::kPrefix:
+        return right(i) ? c : p;
+      case Reward::kFlawed:
+        return right(i) ? (first_flagged(i) < args.cu_steps[i + 1] ? c - p : c) : -c;
+      default:
+        return c * outcome(i);
+    }
+  }
+
+  // Calls visit(first, last, reward) for runs of tokens of response i with one reward, in order and without gaps.
+  template <typename Visit>
+  void runs(int64_t i, const Visit& visit) const {
+    const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
+    const double base = base_reward(i);
+    const auto run = [&](int64_t from, int64_t to, double reward) {
+      if (to > from) visit(from, to, reward);
+    };
+    if (rule.reward == Reward::kPrefix && !right(i)) {
+      const int64_t s = first_flagged(i);
+      const int64_t error = s < args.cu_steps[i + 1] ? args.starts[s] : last;
+      run(first, error, base);
+      run(error, last, 0.0);
+    } else if (rule.reward == Reward::kStep && rule.process_weight > 0.0) {
+      int64_t token = first;
+      for (int64_t s = args.cu_steps[i]; s < args.cu_steps[i + 1]; ++s) {
+        run(token, args.starts[s], base);
+        run(args.starts[s], args.ends[s], base - rule.process_weight * weights[s]);
+        token = args.ends[s];
+      }
+      run(token, last, base);
+    } else {  // with P = 0 the steps are not looked at: the result is that of the outcomes alone, bit for bit
+      run(first, last, base);
+    }
+  }
+
+  double inverse_std(double std) const { return 1.0 / std::max(std, rule.std_floor); }
+
+  void group() {
+    for (int64_t i : members) offset[i] = factor[i] = 0.0;
+    if (rule.reward == Reward::kStepSuffix)
+      step_suffix();
+    else if (rule.reward == Reward::kShare)
+      share();
+    else if (rule.normalize == Normalize::kGroupTokens || rule.normalize == Normalize::kGroupMean)
+      over_tokens();
+    else
+      over_responses();
+  }
+
+  void over_tokens() {
+    Range range;
+    double sum = 0.0, squares = 0.0;
+    int64_t count = 0;
+    for (int64_t i : members) {
+      count += length(i);
+      runs(i, [&](int64_t first, int64_t last, double r) {
+        range.add(r);
+        sum += static_cast<double>(last - first) * r;
+      });
+    }
+    if (range.constant()) return;
+    const double mean = sum / static_cast<double>(count);
+    for (int64_t i : members)
+      runs(i, [&](int64_t first, int64_t last, double r) {
+        squares += static_cast<double>(last - first) * (r - mean) * (r - mean);
+      });
+    const bool divide = rule.normalize == Normalize::kGroupTokens;
+    const double scale = divide ? inverse_std(std::sqrt(squares / static_cast<double>(count))) : 1.0;
+    for (int64_t i : members) {
+      offset[i] = mean;
+      factor[i] = scale;
+    }
+  }
+
+  void over_responses() {
+    Range tokens, among_means;
+    std::vector<double> means;
+    for (int64_t i : members) {
+      Range own;
+      double sum = 0.0;
+      runs(i, [&](int64_t first, int64_t last, double r) {
+        own.add(r);
+        sum += static_cast<double>(last - first) * r;
+      });
+      if (length(i) == 0) own.add(base_reward(i));
+      means.push_back(own.constant() ? own.low : sum / static_cast<double>(length(i)));
+      tokens.add(own.low);
+      tokens.add(own.high);
+      among_means.add(means.back());
+    }
+    if (tokens.constant_but_rounding()) return;
+    const double count = static_cast<double>(members.size());
+    if (rule.normalize == Normalize::kResponsesMean) {
+      const double mean = Moments(means, 0.0).mean;
+      for (int64_t i : members) offset[i] = mean, factor[i] = 1.0;
+      return;
+    }
+    if (members.size() == 1) return;
+    if (rule.normalize == Normalize::kLeaveOneOut) {
+      const double sum = std::accumulate(means.begin(), means.end(), 0.0);
+      for (size_t k = 0; k < members.size(); ++k) {
+        offset[members[k]] = (sum - means[k]) / (count - 1.0);
+        factor[members[k]] = 1.0;
+      }
+      return;
+    }
+    if (among_means.constant_but_rounding()) return;
+    const Moments moments(means, 1.0);
+    for (int64_t i : members) offset[i] = moments.mean, factor[i] = inverse_std(moments.std);
+  }
+
+  double step_reward(int64_t i, int64_t s) const {
+    return rule.outcome_weight * outcome(i) - rule.process_weight * weights[s];
+  }
+
+  void step_suffix() {
+    Range range;
+    std::vector<double> rewards;
+    for (int64_t i : members)
+      for (int64_t s = args.cu_steps[i]; s < args.cu_steps[i + 1]; ++s) {
+        rewards.push_back(step_reward(i, s));
+        range.add(rewards.back());
+      }
+    if (range.constant()) return;
+    const Moments moments(rewards, 0.0);
+    for (int64_t i : members) offset[i] = moments.mean, factor[i] = inverse_std(moments.std);
+  }
+
+  // (x - mean) / sample std; zeros where all are equal or there is but one.
+  std::vector<double> normalized(const std::vector<double>& x) const {
+    Range range;
+    for (double value : x) range.add(value);
+    std::vector<double> result(x.size(), 0.0);
+    if (x.size() < 2 || range.constant_but_rounding()) return result;
+    const Moments moments(x, 1.0);
+    const double scale = inverse_std(moments.std);
+    for (size_t k = 0; k < x.size(); ++k) result[k] = (x[k] - moments.mean) * scale;
+    return result;
+  }
+
+  // The advantage is one number a response: offset minus that number, factor -1 and reward 0 give it back.
+  void share() {
+    std::vector<double> outcomes, shares;
+    for (int64_t i : members) {
+      outcomes.push_back(outcome(i));
+      if (!right(i)) continue;
+      const int64_t count = args.cu_steps[i + 1] - args.cu_steps[i];
+      int64_t flagged = 0;
+      for (int64_t s = args.cu_steps[i]; s < args.cu_steps[i + 1]; ++s) flagged += weights[s] >= 0.5;
+      shares.push_back(count == 0 ? 1.0 : 1.0 - static_cast<double>(flagged) / static_cast<double>(count));
+    }
+    const std::vector<double> by_outcome = normalized(outcomes), by_share = normalized(shares);
+    size_t next = 0;
+    for (size_t k = 0; k < members.size(); ++k) {
+      const int64_t i = members[k];
+      const double process = right(i) ? by_share[next++] : 0.0;
+      offset[i] = rule.outcome_weight * by_outcome[k] + rule.process_weight * process;
+      factor[i] = 1.0;
+    }
+  }
+
+  void put(int64_t first, int64_t last, double advantage) const {
+    const double held = std::clamp(advantage, -rule.clamp, rule.clamp);
+    std::fill(args.advantages + first, args.advantages + last, static_cast<float>(held));
+  }
+
+  void write(int64_t i) const {
+    const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
+    if (factor[i] == 0.0) {
+      std::fill(args.advantages + first, args.advantages + last, 0.f);
+    } else if (rule.reward == Reward::kShare) {
+      put(first, last, offset[i]);
+    } else if (rule.reward == Reward::kStepSuffix) {
+      double sum = 0.0;
+      int64_t end = last;
+      for (int64_t s = args.cu_steps[i + 1]; s-- > args.cu_steps[i];) {
+        put(args.ends[s], end, sum);
+        sum += (step_reward(i, s) - offset[i]) * factor[i];
+        end = args.ends[s];
+      }
+      put(first, end, sum);
+    } else {
+      runs(i, [&](int64_t from, int64_t to, double r) { put(from, to, (r - offset[i]) * factor[i]); });
+    }
+  }
+};
+
+bool fits(const CreditArgs& a) {
+  const auto cumulative = [](const int64_t* values, int64_t count, int64_t total) {
+    if (values[0] != 0 || values[count] != total) return false;
+    for (int64_t i = 0; i < count; ++i)
+      if (values[i + 1] < values[i]) return false;
+    return true;
+  };
+  if (!cumulative(a.cu_seqlens, a.responses, a.tokens) || !cumulative(a.cu_steps, a.responses, a.steps)) return false;
+  for (int64_t i = 0; i < a.responses; ++i) {
+    if (std::isinf(a.outcomes[i])) return false;
+    int64_t token = a.cu_seqlens[i];
+    for (int64_t s = a.cu_steps[i]; s < a.cu_steps[i + 1]; ++s) {
+      if (a.starts[s] < token || a.ends[s] < a.starts[s] || a.ends[s] > a.cu_seqlens[i + 1]) return false;
+      token = a.ends[s];
+    }
+  }
+  int8_t low = 0, high = 0;
+  for (int64_t k = 0; k < a.steps * a.votes_per_step; ++k) {
+    low = std::min(low, a.votes[k]);
+    high = std::max(high, a.votes[k]);
+  }
+  return low >= -1 && high <= 1;
+}
+
+}  // namespace
+
+bool credit(const CreditArgs& args) {
+  if (!fits(args)) return false;
+  Pass(args).run();
+  return true;
+}
+
+}  // namespace capo

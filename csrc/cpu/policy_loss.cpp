@@ -1,0 +1,301 @@
+#include "cpu/policy_loss.h"
+
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <vector>
+
+#include "common/parallel.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace capo {
+namespace {
+
+const void* row_at(const void* base, int64_t row, int64_t stride, Dtype dtype) {
+  return static_cast<const std::byte*>(base) + row * stride * size_of(dtype);
+}
+void* row_at(void* base, int64_t row, int64_t stride, Dtype dtype) {
+  return static_cast<std::byte*>(base) + row * stride * size_of(dtype);
+}
+
+bool labels_fit(const int64_t* labels, const bool* mask, int64_t rows, int64_t vocab) {
+  for (int64_t i = 0; i < rows; ++i)
+    if ((mask == nullptr || mask[i]) && (labels[i] < 0 || labels[i] >= vocab)) return false;
+  return true;
+}
+
+bool cumulative(const int64_t* values, int64_t count, int64_t total) {
+  if (values[0] != 0 || values[count] != total) return false;
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i + 1] < values[i]) return false;
+  return true;
+}
+
+// What is known of a row once its logits were read.
+struct Row {
+  RowStats stats;
+  float logp, entropy;
+};
+
+Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, float inverse_temperature) {
+  const int type = static_cast<int>(dtype);
+  Row result;
+  result.stats = kernels.stats[type](row, vocab, inverse_temperature);
+  const double log_sum = std::log(static_cast<double>(result.stats.sum));
+  const double shifted = static_cast<double>(kernels.load[type](row, label)) - result.stats.max;
+  result.logp = static_cast<float>(shifted * inverse_temperature - log_sum);
+  result.entropy = static_cast<float>(log_sum - result.stats.centred / static_cast<double>(result.stats.sum));
+  return result;
+}
+
+class Pass {
+ public:
+  explicit Pass(const PolicyLossArgs& a)
+      : args(a), kernels(row_kernels()), type(static_cast<int>(a.dtype)), inverse_temperature(1.f / a.rule.temperature),
+        live(a.rows), response(a.rows), counts(a.responses), loss(a.rows), kl(a.rows), clipped(a.rows),
+        stream(false && a.grad != a.logits && a.rows * a.vocab * size_of(a.dtype) > kCache) {}
+
+  void run() {
+    find_live_rows();
+    if (args.rule.ratio == Ratio::kToken)
+      token_ratio();
+    else
+      sequence_ratio();
+    reduce();
+  }
+
+ private:
+  // A gradient larger than this will not be found in the cache by whoever reads it.
+  static constexpr int64_t kCache = int64_t{16} << 20;
+
+  const PolicyLossArgs& args;
+  const RowKernels& kernels;
+  const int type;
+  const float inverse_temperature;
+  std::vector<char> live;
+  std::vector<int64_t> response;
+  std::vector<int64_t> counts;  // unmasked tokens of each response
+  std::vector<float> loss, kl;  // of each token, before weights
+  std::vector<char> clipped;
+  int64_t num_active = 0;
+  const bool stream;
+
+  bool active(int64_t row) const { return args.mask == nullptr || args.mask[row]; }
+
+  void find_live_rows() {
+    const LossRule& rule = args.rule;
+    const bool other_terms = rule.kl != Kl::kNone || rule.entropy_coef != 0.f;
+    for (int64_t i = 0; i < args.responses; ++i) {
+      const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
+      bool any = false;
+      for (int64_t row = first; row < last; ++row) {
+        response[row] = i;
+        if (!active(row)) continue;
+        ++counts[i];
+        live[row] = other_terms || args.advantages[row] != 0.f;
+        any |= live[row];
+      }
+      num_active += counts[i];
+      if (rule.ratio != Ratio::kToken && any)
+        for (int64_t row = first; row < last; ++row) live[row] = active(row);
+    }
+  }
+
+  // Weight of a token's loss in the total.
+  double weight(int64_t row) const {
+    switch (args.rule.reduce) {
+      case Reduce::kSequenceMean:
+        return 1.0 / (static_cast<double>(counts[response[row]]) * static_cast<double>(args.responses));
+      case Reduce::kTokenMean:
+        return 1.0 / static_cast<double>(num_active);
+      default:
+        return 1.0 / static_cast<double>(args.rule.constant);
+    }
+  }
+
+  const void* logits(int64_t row) const { return row_at(args.logits, row, args.logits_stride, args.dtype); }
+  void* grad(int64_t row) const { return row_at(args.grad, row, args.grad_stride, args.dtype); }
+
+  void clear(int64_t row) {
+    args.logprobs[row] = args.entropy[row] = 0.f;
+    if (args.grad != nullptr) kernels.fill[type](grad(row), args.vocab, 0.f);
+  }
+
+  Row read(int64_t row) {
+    const Row result = read_row(kernels, logits(row), args.dtype, args.vocab, args.labels[row], inverse_temperature);
+    args.logprobs[row] = result.logp;
+    args.entropy[row] = result.entropy;
+    return result;
+  }
+
+  float log_ratio(int64_t row, float logp) const {
+    if (args.old_logprobs == nullptr) return 0.f + (std::isnan(logp) ? logp : 0.f);
+    return logp - args.old_logprobs[row];
+  }
+
+  TokenTerms terms(int64_t row, float logp, float entropy, float ratio) {
+    TokenInput t;
+    t.logp = logp;
+    t.entropy = entropy;
+    t.log_ratio = ratio;
+    const float old = args.old_logprobs == nullptr ? logp : args.old_logprobs[row];
+    t.mismatch = args.rollout_logprobs == nullptr ? 0.f : old - args.rollout_logprobs[row];
+    t.advantage = args.advantages[row];
+    t.ref_logp = args.ref_logprobs == nullptr ? 0.f : args.ref_logprobs[row];
+    const TokenTerms result = token_terms(t, args.rule);
+    loss[row] = result.loss;
+    kl[row] = result.kl;
+    clipped[row] = result.clipped;
+    return result;
+  }
+
+  // g: d loss / d logp of the row. The derivative is that of capo.reference.policy_loss_gradient.
+  void write_grad(int64_t row, const Row& r, double g, const void* next) {
+    const double s = inverse_temperature, sum = r.stats.sum, mean = r.stats.centred / sum;
+    const double h = -static_cast<double>(args.rule.entropy_coef) * weight(row);
+    if (g == 0.0 && h == 0.0) {
+      kernels.fill[type](grad(row), args.vocab, 0.f);
+      return;
+    }
+    const double p = std::exp(static_cast<double>(r.logp));
+    const double centred_label = p > 0.0 ? r.logp + std::log(sum) - mean : 0.0;
+    RowGrad how;
+    how.max = r.stats.max;
+    how.inverse_temperature = inverse_temperature;
+    how.alpha = static_cast<float>(s * (h * mean - g) / sum);
+    how.beta = static_cast<float>(-s * h / sum);
+    how.label = args.labels[row];
+    how.label_grad = static_cast<float>(s * (g * -std::expm1(static_cast<double>(r.logp)) - h * p * centred_label));
+    how.stream = stream;
+    if (!std::isfinite(how.alpha) || !std::isfinite(how.beta) || !std::isfinite(how.label_grad)) {
+      kernels.fill[type](grad(row), args.vocab, std::numeric_limits<float>::quiet_NaN());
+      return;
+    }
+    kernels.grad[type](logits(row), grad(row), args.vocab, how, next);
+  }
+
+  int64_t grain() const { return std::clamp<int64_t>(args.rows / (8 * std::max(args.num_threads, 1)), 1, 8); }
+
+  // Every row is finished while it is in the cache: one read of the logits, one write of the gradient.
+  void token_ratio() {
+    parallel_for(args.rows, grain(), args.num_threads, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        if (!live[row]) {
+          clear(row);
+          continue;
+        }
+        const Row r = read(row);
+        const TokenTerms t = terms(row, r.logp, r.entropy, log_ratio(row, r.logp));
+        if (args.grad == nullptr) continue;
+        const void* next = false && row + 1 < last && live[row + 1] ? logits(row + 1) : nullptr;
+        write_grad(row, r, (static_cast<double>(t.through_ratio) + t.through_logp) * weight(row), next);
+      }
+    });
+  }
+
+  // The ratio needs the log-probabilities of the whole response: all rows are read, then read again for the gradient.
+  void sequence_ratio() {
+    std::vector<Row> rows(args.rows);
+    parallel_for(args.rows, grain(), args.num_threads, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        if (live[row]) rows[row] = read(row);
+    });
+    std::vector<double> g(args.rows);
+    for (int64_t i = 0; i < args.responses; ++i) {
+      const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
+      double total = 0.0;
+      for (int64_t row = first; row < last; ++row)
+        if (live[row]) total += log_ratio(row, rows[row].logp);
+      const float mean = static_cast<float>(total / static_cast<double>(counts[i]));
+      double through_ratio = 0.0;
+      for (int64_t row = first; row < last; ++row) {
+        if (!live[row]) continue;
+        const TokenTerms t = terms(row, rows[row].logp, rows[row].entropy, mean);
+        g[row] = t.through_logp * weight(row);
+        if (args.rule.ratio == Ratio::kSequenceToken) g[row] += t.through_ratio * weight(row);
+        else through_ratio += t.through_ratio * weight(row);
+      }
+      if (args.rule.ratio == Ratio::kSequence)
+        for (int64_t row = first; row < last; ++row)
+          if (live[row] && rows[row].logp != -std::numeric_limits<float>::infinity())
+            g[row] += through_ratio / static_cast<double>(counts[i]);
+    }
+    parallel_for(args.rows, grain(), args.num_threads, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        if (!live[row]) clear(row);
+        else if (args.grad != nullptr) write_grad(row, rows[row], g[row], nullptr);
+      }
+    });
+  }
+
+  void reduce() {
+    double total = 0.0, total_kl = 0.0;
+    int64_t num_clipped = 0;
+    for (int64_t i = 0; i < args.responses; ++i) {
+      double sum = 0.0;
+      int64_t first = -1;
+      for (int64_t row = args.cu_seqlens[i]; row < args.cu_seqlens[i + 1]; ++row) {
+        if (!live[row]) continue;
+        first = row;
+        sum += loss[row];
+        total_kl += kl[row];
+        num_clipped += clipped[row];
+      }
+      if (first >= 0) total += sum * weight(first);
+    }
+    const double active_or_one = num_active > 0 ? static_cast<double>(num_active) : 1.0;
+    *args.loss = static_cast<float>(total);
+    *args.kl = static_cast<float>(total_kl / active_or_one);
+    *args.clip_fraction = static_cast<float>(static_cast<double>(num_clipped) / active_or_one);
+  }
+};
+
+// Fresh memory is handed out by the kernel page by page at the first write; large pages make that several times cheaper.
+void prefer_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + kPage - 1) & ~(kPage - 1), last = (address + bytes) & ~(kPage - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+bool policy_loss(const PolicyLossArgs& args) {
+  if (!cumulative(args.cu_seqlens, args.responses, args.rows)) return false;
+  if (!labels_fit(args.labels, args.mask, args.rows, args.vocab)) return false;
+  if (args.grad != nullptr && args.grad != args.logits)
+    prefer_large_pages(args.grad, args.rows * args.grad_stride * size_of(args.dtype));
+  Pass(args).run();
+  return true;
+}
+
+bool logprobs(const LogprobsArgs& args) {
+  if (!labels_fit(args.labels, args.mask, args.rows, args.vocab)) return false;
+  const RowKernels& kernels = row_kernels();
+  parallel_for(args.rows, 1, args.num_threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      Row result{};
+      if (args.mask == nullptr || args.mask[row])
+        result = read_row(kernels, row_at(args.logits, row, args.logits_stride, args.dtype), args.dtype, args.vocab,
+                          args.labels[row], 1.f / args.temperature);
+      args.logprobs[row] = result.logp;
+      args.entropy[row] = result.entropy;
+    }
+  });
+  return true;
+}
+
+void scale(void* values, int64_t stride, Dtype dtype, int64_t rows, int64_t vocab, float factor, int num_threads) {
+  if (factor == 1.f) return;
+  const RowKernels& kernels = row_kernels();
+  parallel_for(rows, 1, num_threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      kernels.scale[static_cast<int>(dtype)](row_at(values, row, stride, dtype), vocab, factor);
+  });
+}
+
+}  // namespace capo
