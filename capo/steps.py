@@ -88,9 +88,9 @@ class TokenBytes:
         num_tokens: int | None = None,
     ) -> None:
         pieces = list(tokens)
-        other = next((id_ for id_, piece in enumerate(pieces) if not isinstance(piece, bytes)), None)
-        if other is not None:
-            raise ValueError(f"TokenBytes: token {other} must be bytes, got {_describe(pieces[other])}")
+        for id_, piece in enumerate(pieces):
+            if not isinstance(piece, bytes):
+                raise _wrong(f"TokenBytes: token {id_}", "bytes", piece)
         known = len(pieces)
         size = known if num_tokens is None else num_tokens
         if size < known:
@@ -129,8 +129,8 @@ class TokenBytes:
         backend = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
         if not hasattr(backend, "to_str"):
             raise ValueError(
-                f"TokenBytes: {name} has no byte mapping: it is not a fast tokenizer. Load the fast one "
-                "(AutoTokenizer.from_pretrained(..., use_fast=True)), or give the byte string of every id: "
+                f"TokenBytes: {name} has no byte mapping: it is not a fast tokenizer. Load it with "
+                "AutoTokenizer (the model then needs a tokenizer.json), or give the byte string of every id: "
                 "TokenBytes(tokens, special_ids=..., eos_ids=...)"
             )
         decoder = _Decoder(json.loads(backend.to_str())["decoder"], name)
@@ -273,14 +273,17 @@ def segment(
         ValueError: an argument of the wrong type, shape or range, or a token id unknown to token_bytes; the message names
             it with its position.
     """
-    ids, cu = _checked(token_ids, cu_seqlens, token_bytes)
+    ids = _ids_on_cpu(token_ids, token_bytes)
+    cu = _bounds_on_cpu(cu_seqlens, ids.numel())
     find = _Delimiter(delimiter)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"segment: max_steps must be at least 1, got {max_steps}")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"segment: num_threads must be at least 1, got {num_threads}")
-    run = _segment_reference if _native is None else _segment_native
-    steps = run(ids, cu, token_bytes, find, max_steps, num_threads or torch.get_num_threads())
+    if _native is None:
+        steps = _segment_reference(ids, cu, token_bytes, find, max_steps)
+    else:
+        steps = _segment_native(ids, cu, token_bytes, find, max_steps, num_threads or torch.get_num_threads())
     return steps.to(token_ids.device)
 
 
@@ -298,7 +301,8 @@ def step_texts(token_ids: Tensor, steps: Steps, token_bytes: TokenBytes) -> list
     Raises:
         ValueError: ``token_ids`` or an id in it does not fit, or a step ends beyond N.
     """
-    ids, _ = _checked(token_ids, None, token_bytes)
+    ids = _ids_on_cpu(token_ids, token_bytes)
+    _check_ids(ids, token_bytes)
     ends = steps.ends.tolist()
     if any(end > ids.numel() for end in ends):
         raise ValueError(f"step_texts: steps end at token {max(ends)}, but token_ids has {ids.numel()}")
@@ -325,7 +329,9 @@ def truncated(token_ids: Tensor, cu_seqlens: Tensor, token_bytes: TokenBytes) ->
     Raises:
         ValueError: as for :func:`segment`, or ``token_bytes`` has no EOS.
     """
-    ids, cu = _checked(token_ids, cu_seqlens, token_bytes)
+    ids = _ids_on_cpu(token_ids, token_bytes)
+    cu = _bounds_on_cpu(cu_seqlens, ids.numel())
+    _check_ids(ids, token_bytes)
     if not token_bytes.eos.any():
         raise ValueError("truncated: token_bytes has no eos_ids, so that no response can be seen to end")
     num_eos = torch.cat([torch.zeros(1, dtype=torch.int64), token_bytes.eos[ids.long()].cumsum(0)])[cu]
@@ -335,12 +341,10 @@ def truncated(token_ids: Tensor, cu_seqlens: Tensor, token_bytes: TokenBytes) ->
 def _segment_native(
     ids: Tensor, cu: Tensor, token_bytes: TokenBytes, delimiter: _Delimiter, max_steps: int | None, num_threads: int
 ) -> Steps:
-    if delimiter.newlines:
-        span_starts = span_ends = cu_spans = torch.empty(0, dtype=torch.int64)
-    else:
-        span_starts, span_ends, cu_spans = _spans(ids, cu, token_bytes, delimiter)
-    starts, ends = torch.empty(2, ids.numel(), dtype=torch.int64)
-    cu_steps = torch.zeros_like(cu)
+    spans = [np.empty(0, np.int64)] * 3 if delimiter.newlines else _spans(ids, cu, token_bytes, delimiter)
+    # NumPy, not PyTorch, makes and copies arrays here: a pool of threads that wakes up costs more than the work.
+    room = [np.empty(ids.numel(), np.int64) for _ in range(2)]
+    cu_steps = np.empty(cu.numel(), np.int64)
     num_steps = _native.segment(
         ids=ids.data_ptr(),
         ids_are_int64=ids.dtype == torch.int64,
@@ -351,22 +355,22 @@ def _segment_native(
         flags=token_bytes._native_flags.data_ptr(),
         size=len(token_bytes),
         newlines=delimiter.newlines,
-        span_starts=span_starts.data_ptr(),
-        span_ends=span_ends.data_ptr(),
-        cu_spans=cu_spans.data_ptr(),
+        span_starts=spans[0].ctypes.data,
+        span_ends=spans[1].ctypes.data,
+        cu_spans=spans[2].ctypes.data,
         max_steps=2**63 - 1 if max_steps is None else max_steps,
-        starts=starts.data_ptr(),
-        ends=ends.data_ptr(),
-        cu_steps=cu_steps.data_ptr(),
+        starts=room[0].ctypes.data,
+        ends=room[1].ctypes.data,
+        cu_steps=cu_steps.ctypes.data,
         num_threads=num_threads,
     )
     if num_steps < 0:
         raise _unknown_id(ids, -1 - num_steps, token_bytes)
-    # Copies, so that the room for N steps is given back.
-    return Steps(starts[:num_steps].clone(), ends[:num_steps].clone(), cu_steps)
+    starts, ends = (torch.from_numpy(values[:num_steps].copy()) for values in room)
+    return Steps(starts, ends, torch.from_numpy(cu_steps))
 
 
-def _spans(ids: Tensor, cu: Tensor, token_bytes: TokenBytes, delimiter: _Delimiter) -> tuple[Tensor, Tensor, Tensor]:
+def _spans(ids: Tensor, cu: Tensor, token_bytes: TokenBytes, delimiter: _Delimiter) -> list[np.ndarray]:
     """Delimiters as byte positions within each response's text: starts [S], ends [S], cumulative counts [B + 1]."""
     _check_ids(ids, token_bytes)
     tokens, bounds = ids.tolist(), cu.tolist()
@@ -379,8 +383,8 @@ def _spans(ids: Tensor, cu: Tensor, token_bytes: TokenBytes, delimiter: _Delimit
             spans += [(position + start, position + stop) for start, stop in delimiter.find(text)]
             position += len(text)
         cu_spans.append(len(spans))
-    starts, ends = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2).t().contiguous()
-    return starts, ends, torch.tensor(cu_spans)
+    starts, ends = np.array(spans, np.int64).reshape(-1, 2).T.copy()
+    return [starts, ends, np.array(cu_spans, np.int64)]
 
 
 def _segment_reference(
@@ -389,7 +393,6 @@ def _segment_reference(
     token_bytes: TokenBytes,
     delimiter: _Delimiter,
     max_steps: int | None = None,
-    num_threads: int = 1,
 ) -> Steps:
     """The rule of :func:`segment`, to be read as its definition; also what runs where there is no native module."""
     _check_ids(ids, token_bytes)
@@ -464,7 +467,7 @@ def _inside_character(text: bytes, position: int) -> bool:
 
 
 class _Delimiter:
-    """A delimiter in one form: ``find`` gives its byte spans in a text, ``newlines`` counts its line ends, if it is only such."""
+    """A delimiter as a pattern; ``newlines`` is the number of line ends where it consists of nothing else, 0 elsewhere."""
 
     def __init__(self, delimiter: str | bytes | re.Pattern[str] | re.Pattern[bytes]) -> None:
         self.newlines = 0
@@ -485,6 +488,7 @@ class _Delimiter:
             self._pattern = re.compile(rb"(?:\r?\n){%d}" % self.newlines)
 
     def find(self, text: bytes) -> Iterator[tuple[int, int]]:
+        """The delimiters of a text as byte ranges, in order."""
         if isinstance(self._pattern.pattern, bytes):
             yield from (match.span() for match in self._pattern.finditer(text))
             return
@@ -501,30 +505,39 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-def _checked(token_ids: Tensor, cu_seqlens: Tensor | None, token_bytes: TokenBytes) -> tuple[Tensor, Tensor]:
-    """The arguments on the CPU, contiguous, with cu_seqlens as int64."""
-    expected = {"token_ids": token_ids} if cu_seqlens is None else {"token_ids": token_ids, "cu_seqlens": cu_seqlens}
-    for name, value in expected.items():
-        if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be a 1-D int32 or int64 tensor, got {_describe(value)}")
-    ids = token_ids.detach().cpu().contiguous()
-    if cu_seqlens is None:
-        _check_ids(ids, token_bytes)
-        return ids, ids
+def _ids_on_cpu(token_ids: Tensor, token_bytes: TokenBytes) -> Tensor:
+    _check_integers("token_ids", token_ids)
+    if not isinstance(token_bytes, TokenBytes):
+        raise _wrong("token_bytes", "a capo.TokenBytes", token_bytes)
+    return token_ids.detach().cpu().contiguous()
+
+
+def _bounds_on_cpu(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    _check_integers("cu_seqlens", cu_seqlens)
     cu = cu_seqlens.detach().cpu().to(torch.int64).contiguous()
-    if cu.numel() == 0 or cu[0] != 0 or cu[-1] != ids.numel():
+    if cu.numel() == 0 or cu[0] != 0 or cu[-1] != num_tokens:
         shown = f"{cu[0]} .. {cu[-1]}" if cu.numel() else "empty"
-        raise ValueError(f"cu_seqlens must begin with 0 and end with len(token_ids) = {ids.numel()}, got {shown}")
-    if (falls := (cu[1:] < cu[:-1]).nonzero()).numel():
+        raise ValueError(f"cu_seqlens must begin with 0 and end with len(token_ids) = {num_tokens}, got {shown}")
+    falls = np.flatnonzero(np.diff(cu.numpy()) < 0)
+    if falls.size:
         i = int(falls[0])
         raise ValueError(f"cu_seqlens must not fall, but entry {i} is {cu[i]} and entry {i + 1} is {cu[i + 1]}")
-    return ids, cu
+    return cu
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
+        raise _wrong(name, "a 1-D int32 or int64 tensor", value)
 
 
 def _check_ids(ids: Tensor, token_bytes: TokenBytes) -> None:
     unknown = ((ids < 0) | (ids >= len(token_bytes))).nonzero()
     if unknown.numel():
         raise _unknown_id(ids, int(unknown[0]), token_bytes)
+
+
+def _wrong(name: str, expected: str, value: object) -> ValueError:
+    return ValueError(f"{name} must be {expected}, got {_describe(value)}")
 
 
 def _unknown_id(ids: Tensor, position: int, token_bytes: TokenBytes) -> ValueError:
@@ -559,13 +572,13 @@ class _Decoder:
         self.strips_first_space = False
         kinds = [step["type"] for step in self._steps]
         self._byte_level = "ByteLevel" in kinds
-        for step in self._steps:
+        for index, step in enumerate(self._steps):
             match step:
                 case {"type": "ByteLevel" | "ByteFallback" | "Fuse"} | {"type": "Replace", "pattern": {"String": _}}:
                     pass
                 case {"type": "Metaspace"}:
                     self.strips_first_space |= step.get("prepend_scheme", "always") != "never"
-                case {"type": "Strip", "content": " ", "stop": 0} if "Fuse" in kinds[: self._steps.index(step)]:
+                case {"type": "Strip", "content": " ", "stop": 0} if "Fuse" in kinds[:index]:
                     self.strips_first_space = True
                 case _:
                     raise ValueError(self._advice(name, json.dumps(step)))
@@ -620,7 +633,8 @@ _PROBES = (
 
 def _check_against_decode(table: TokenBytes, backend: Any, strips_first_space: bool, name: str) -> None:
     for probe in _PROBES:
-        ids = backend.encode(probe, add_special_tokens=False).ids
+        # eos_ids may name tokens that are text to the tokenizer.
+        ids = [id_ for id_ in backend.encode(probe, add_special_tokens=False).ids if not table._is_special[id_]]
         expected = backend.decode(ids, skip_special_tokens=True)
         actual = table.join(ids).decode("utf-8", "replace")
         if strips_first_space and actual != expected:
