@@ -194,9 +194,10 @@ _JUDGMENT_LINE = re.compile(
 )
 # The patterns below find tags of any nonce, which is then compared: to compile them per nonce takes longer than to parse.
 _LIST_TAG = re.compile(r"<(?P<close>/?)incorrect_steps(?P<suffix>(?::[0-9A-Za-z]{4,64})?)>")
-_INDEX = r"(?:<step_(?:0|[1-9][0-9]*)(:[0-9A-Za-z]{4,64})?>|(?:step_)?(?:0|[1-9][0-9]*))"
-_ITEM = re.compile(rf"(?P<first>{_INDEX})(?:\s*[-–]\s*(?P<last>{_INDEX}))?")
-_REASONING_TAG = re.compile(r"<(?P<close>/?)think(?:ing)?>", re.IGNORECASE)
+_NUMBER = r"(0|[1-9][0-9]*)"
+_INDEX = rf"(?:<step_{_NUMBER}(:[0-9A-Za-z]{{4,64}})?>|(?:step_)?{_NUMBER})"
+_ITEM = re.compile(rf"{_INDEX}(?:\s*[-–]\s*{_INDEX})?")
+_REASONING_TAG = re.compile(r"<(?P<close>/?)[Tt][Hh][Ii][Nn][Kk](?:[Ii][Nn][Gg])?>")
 
 
 def _without_reasoning(text: str) -> str:
@@ -231,9 +232,11 @@ def _indices(block: str, num_steps: int, suffix: str) -> tuple[int, ...]:
     spans = []
     for written in dict.fromkeys(block.split(",")) if block else ():  # each once: a repeated item costs next to nothing
         match = _ITEM.fullmatch(written.strip())
-        if match is None or any(match[group] not in (None, suffix) for group in (2, 4)):
+        tagged, nonce, plain, last_tagged, last_nonce, last_plain = match.groups() if match else (None,) * 6
+        if match is None or (nonce or suffix) != suffix or (last_nonce or suffix) != suffix:
             raise CritiqueError(Reason.BAD_INDEX, f"{written.strip()!r:.40} is no step index")
-        first, last = (_number(part, num_steps) for part in (match["first"], match["last"] or match["first"]))
+        first = _number(tagged or plain, num_steps)
+        last = _number(last_tagged or last_plain, num_steps) if last_tagged or last_plain else first
         if first > last:
             raise CritiqueError(Reason.BAD_INDEX, f"range {written.strip()!r:.40} runs backwards")
         spans.append((first, last))
@@ -243,8 +246,7 @@ def _indices(block: str, num_steps: int, suffix: str) -> tuple[int, ...]:
     return tuple(flagged)
 
 
-def _number(index: str, num_steps: int) -> int:
-    digits = re.findall("[0-9]+", index)[0]
+def _number(digits: str, num_steps: int) -> int:
     if len(digits) > 9 or int(digits) >= num_steps:
         raise CritiqueError(Reason.OUT_OF_RANGE, f"step {digits:.12} of {num_steps} steps, counted from 0")
     return int(digits)
