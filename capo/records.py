@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import mmap
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +129,19 @@ def read_line(line: int, raw: bytes) -> Row | None:
     try:
         return Row(line, orjson.loads(text), None, raw)
     except orjson.JSONDecodeError as error:
-        return Row(line, None, f"not valid JSON: {error}", raw.rstrip(b"\r\n"))
+        # Python writes NaN and Infinity, which are no JSON. Where they matter is found out value by value.
+        record = _with_nan(text) if b"NaN" in text or b"Infinity" in text else None
+        reason = None if record is not None else f"not valid JSON: {error}"
+        return Row(line, record, reason, raw.rstrip(b"\r\n"))
+
+
+def _with_nan(text: bytes) -> Any:
+    try:
+        record = json.loads(text)
+        orjson.dumps(record)  # refuses what only json lets pass: halves of characters, integers of any size
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return record
 
 
 # ---- rollouts
@@ -283,14 +295,17 @@ def _kind(value: Any) -> str:
 # ---- critiques
 
 
-@dataclass
+@dataclass(slots=True)
 class Votes:
     """What the critiques of one response say: a `Critique` each, or None for one that abstains."""
 
     critiques: list[Critique | None] = field(default_factory=list)
-    invalid: int = 0
     failed: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: list[str] = field(default_factory=list)  # of the invalid ones
+
+    @property
+    def valid(self) -> int:
+        return len(self.critiques) - self.failed - len(self.reasons)
 
 
 NO_VOTES = Votes()
@@ -425,17 +440,17 @@ def votes_of(record: dict, num_steps: int, num_votes: int | None) -> Votes:
     if num_votes is not None and len(items) > num_votes:
         raise BadRow(f"{len(items)} critiques, but there are to be {num_votes} votes")
     votes = Votes()
+    nonce = record.get("nonce")
     for position, item in enumerate(items):
         try:
-            critique = _critique(item, record.get("nonce"), num_steps)
+            critique = _critique(item, nonce, num_steps)
         except ValueError as error:
             raise BadRow(f"critique {position}: {error}") from error
         votes.critiques.append(critique if isinstance(critique, Critique) else None)
         if critique is None:
             votes.failed += 1
         elif isinstance(critique, str):
-            votes.invalid += 1
-            votes.reasons[critique] += 1
+            votes.reasons.append(critique)
     return votes
 
 

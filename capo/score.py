@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -196,6 +198,7 @@ def score_file(
     if rollouts.suffix == ".parquet":
         _check_parquet(rollouts)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_garbage_collection())
         table = stack.enter_context(_Replacing(out))
         listing = stack.enter_context(_Replacing(rejects))
         report = None if summary is None else stack.enter_context(_Replacing(summary))
@@ -243,6 +246,18 @@ def _score_rows(
                 continue
         return run
     raise RuntimeError("unreachable: only chunks can meet a scattered group")
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Rows are millions of containers without a cycle; looking for cycles in them takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _ScatteredGroup(Exception):
@@ -387,13 +402,32 @@ class _Chunk:
     credit: Credit
     advantages: np.ndarray
 
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """Valid votes on each step. [M]"""
+        return _count(self.credit.votes.numpy() >= 0)
+
+    @cached_property
+    def flagged(self) -> np.ndarray:
+        """Votes that flag each step. [M]"""
+        return _count(self.credit.votes.numpy() == 1)
+
+    @cached_property
+    def cases(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs (valid, flagged) that occur, [C, 2], and which of them each step is, [M]."""
+        base = self.credit.votes.shape[1] + 1
+        codes, place = np.unique(self.valid * base + self.flagged, return_inverse=True)
+        return np.stack([codes // base, codes % base], 1), place
+
     def batch(self, options: _Options) -> pa.RecordBatch:
         """The rows of the output, made of flat buffers and offsets."""
         steps = self.credit.steps
         cu_seqlens, cu_steps = self.credit.cu_seqlens.numpy(), steps.cu_steps.numpy()
         offsets, step_offsets = pa.array(cu_seqlens, pa.int32()), pa.array(cu_steps, pa.int32())
         origins = np.repeat(cu_seqlens[:-1], np.diff(cu_steps))
-        weights = step_weights(self.credit.votes, options.rule.vote).numpy()
+        # The weight depends on how many votes say what, and there are few such cases.
+        cases, place = self.cases
+        weights = step_weights(_votes_saying(cases), options.rule.vote).numpy()[place]
 
         def by_token(values: np.ndarray) -> pa.Array:
             return pa.ListArray.from_arrays(offsets, pa.array(values))
@@ -414,8 +448,8 @@ class _Chunk:
             by_step(steps.ends.numpy() - origins, np.int32),
             by_step(weights, np.float32),
             pa.ListArray.from_arrays(step_offsets, self._votes(options.num_votes)),
-            pa.array([len(one.critiques) - one.invalid - one.failed for one in self.heard], pa.int32()),
-            pa.array([one.invalid for one in self.heard], pa.int32()),
+            pa.array([one.valid for one in self.heard], pa.int32()),
+            pa.array([len(one.reasons) for one in self.heard], pa.int32()),
             pa.array([one.failed for one in self.heard], pa.int32()),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=_schema(options))
@@ -448,41 +482,40 @@ class _Tallies:
     reasons: Counter[str] = field(default_factory=Counter)
     valid_votes: Counter[str] = field(default_factory=Counter)
     flagged_votes: Counter[str] = field(default_factory=Counter)
-    rows_of_votes: Counter[tuple[int, int]] = field(default_factory=Counter)  # steps by (valid votes, flagged votes)
+    cases: Counter[tuple[int, int]] = field(default_factory=Counter)  # steps by (valid votes, flagged votes)
 
     def add(self, chunk: _Chunk) -> None:
         credit = chunk.credit
-        votes, cu_steps = credit.votes.numpy(), credit.steps.cu_steps.numpy()
+        cu_steps = credit.steps.cu_steps.numpy()
         outcomes, groups = credit.outcomes.numpy(), credit.groups.numpy()
-        valid, flagged = (votes >= 0).sum(1), (votes == 1).sum(1)
-        valid_of, flagged_of = _sums(valid, cu_steps), _sums(flagged, cu_steps)
+        valid_of, flagged_of = _sums(chunk.valid, cu_steps), _sums(chunk.flagged, cu_steps)
         classes = {"right": outcomes > 0, "wrong": outcomes <= 0, "undecided": np.isnan(outcomes)}
         for name, members in classes.items():
             self.by_outcome[name] += int(members.sum())
             self.valid_votes[name] += int(valid_of[members].sum())
             self.flagged_votes[name] += int(flagged_of[members].sum())
-        pairs, counts = np.unique(np.stack([valid, flagged], 1), axis=0, return_counts=True)
-        self.rows_of_votes.update(dict(zip(map(tuple, pairs.tolist()), counts.tolist(), strict=True)))
+        cases, place = chunk.cases
+        for case, count in zip(map(tuple, cases.tolist()), np.bincount(place, minlength=len(cases)), strict=True):
+            self.cases[case] += int(count)
         has_signal = _sums(chunk.advantages != 0, credit.cu_seqlens.numpy()) > 0
         self.signal_groups += len(np.unique(groups[has_signal]))
         self.groups += len(np.unique(groups))
         self.responses += len(chunk.responses)
         self.tokens += len(chunk.token_ids)
-        self.steps += len(votes)
+        self.steps += len(chunk.valid)
         for one in chunk.heard:
-            self.critiques["invalid"] += one.invalid
+            self.critiques["valid"] += one.valid
             self.critiques["failed"] += one.failed
-            self.critiques["valid"] += len(one.critiques) - one.invalid - one.failed
-            self.reasons.update(one.reasons)
+            for reason in one.reasons:
+                self.reasons[reason] += 1
+        self.critiques["invalid"] = self.reasons.total()
         bare = [one is NO_VOTES for one in chunk.heard]
         self.uncritiqued += int((np.diff(cu_steps)[bare] > 0).sum())
 
     def agreement(self) -> Agreement:
         """Agreement of all votes; how the votes on a step are arranged does not matter, only how many say what."""
-        width = max((valid for valid, _ in self.rows_of_votes), default=0)
-        rows = [[1] * f + [0] * (v - f) + [-1] * (width - v) for v, f in self.rows_of_votes]
-        counts = torch.tensor(list(self.rows_of_votes.values()), dtype=torch.int64)
-        return agreement(torch.tensor(rows, dtype=torch.int8).reshape(len(rows), width), counts)
+        counts = torch.tensor(list(self.cases.values()), dtype=torch.int64)
+        return agreement(_votes_saying(np.array(list(self.cases), np.int64).reshape(-1, 2)), counts)
 
     def summary(self) -> ScoreSummary:
         agreed = self.agreement()
@@ -509,6 +542,21 @@ class _Tallies:
             bad_row_examples=tuple(self.bad_row_examples),
             seconds=0.0,
         )
+
+
+def _count(votes: np.ndarray) -> np.ndarray:
+    """True values per row; by column, since there are few and the rows are many."""
+    total = np.zeros(len(votes), np.int64)
+    for column in votes.T:
+        total += column
+    return total
+
+
+def _votes_saying(cases: np.ndarray) -> torch.Tensor:
+    """A vote table with a row for each pair (valid votes, flagged votes)."""
+    column = np.arange(cases[:, 0].max(initial=0))
+    rows = np.where(column < cases[:, 1:], 1, np.where(column < cases[:, :1], 0, -1))
+    return torch.from_numpy(rows.astype(np.int8))
 
 
 def _sums(values: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
