@@ -214,6 +214,16 @@ def _without_reasoning(text: str) -> str:
     return "".join(kept if inside else [*kept, text[done:]])
 
 
+# Patterns for any nonce, which is compared afterwards: compiling them anew for each would cost more than all the rest.
+_SUFFIX = ":[0-9A-Za-z]{4,64}"
+_LIST_TAG = re.compile(f"<(?P<close>/?)incorrect_steps(?P<suffix>{_SUFFIX})?>")
+_NUMBER = "(?:0|[1-9][0-9]*)"
+_ITEM = re.compile(
+    rf"(?P<first><step_{_NUMBER}(?P<suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER})"
+    rf"(?:\s*[-–]\s*(?P<last><step_{_NUMBER}(?P<last_suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER}))?"
+)
+
+
 def _last_block(text: str, suffix: str) -> tuple[str | None, bool]:
     """The text in the last complete list block, or None; and whether a block is left open at the end."""
     block, begin = None, None

@@ -56,7 +56,6 @@ void bind_text(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of capo; called through capo.native";
   bind_text(m);
-
   using release = py::call_guard<py::gil_scoped_release>;
 
   m.def("isa", [] { return row_kernels().isa; }, "Instruction set of the row kernels in use.");

@@ -1,0 +1,89 @@
+"""Evaluation: greedy accuracy on problems that training never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capo.data import ArithmeticTask, Problem
+from capo.rollout import sample
+from capo.verify import Outcome, Verifier
+
+
+def accuracy(
+    model: Any,
+    task: ArithmeticTask,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int | None = None,
+    batch: int = 1024,
+) -> float:
+    """Share of the problems that the greedy response gets right; an undecided or truncated one counts as not right.
+
+    Args:
+        model: a causal language model of transformers.
+        task: encodes and decodes.
+        problems: at least one.
+        max_new_tokens: response limit; None: the length of a solution.
+        batch: responses sampled at once.
+
+    Raises:
+        ValueError: no problems.
+    """
+    if not problems:
+        raise ValueError("accuracy: no problems")
+    right = 0
+    for first in range(0, len(problems), batch):
+        part = problems[first : first + batch]
+        rollouts = sample(
+            model,
+            [task.encode(problem.question) for problem in part],
+            1,
+            max_new_tokens=max_new_tokens or task.response_length,
+            eos_id=task.eos_id,
+            temperature=0,
+        )
+        texts = response_texts(task, rollouts.token_ids, rollouts.cu_seqlens)
+        outcomes = Verifier().verify(texts, [problem.answer for problem in part])
+        right += sum(
+            outcome is Outcome.RIGHT and not cut
+            for outcome, cut in zip(outcomes, rollouts.truncated.tolist(), strict=True)
+        )
+    return right / len(problems)
+
+
+def response_texts(task: ArithmeticTask, token_ids: Tensor, cu_seqlens: Tensor) -> list[str]:
+    """The text of each of B packed responses."""
+    lengths = cu_seqlens.diff().tolist()
+    return [task.decode(ids.tolist()) for ids in torch.split(token_ids, lengths)]
+
+
+def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: str) -> None:
+    """Write learning curves as a PNG.
+
+    Args:
+        curves: by label, (update, accuracy) pairs; labels that begin with the same word share a colour.
+        path: the file.
+        title: above the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    for label, points in curves.items():
+        kind = label.split()[0]
+        first = kind not in colours
+        colour = colours.setdefault(kind, f"C{len(colours)}")
+        updates, values = zip(*points, strict=True)
+        axes.plot(updates, values, color=colour, marker=".", label=kind if first else None)
+    axes.set(xlabel="update", ylabel="held-out greedy accuracy", ylim=(0, 1.02), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,285 @@
+"""The training loop: sample, verify, judge, vote, credit, loss, step; then log, evaluate, save.
+
+It reads from top to bottom in the order it runs; what it calls are functions of their own files. Random numbers come
+from streams named by seed, purpose and update (`capo.models.stream`), so that a resumed run needs no random state.
+
+Dimension key: B responses of one update, N packed response tokens, M steps, K critiques.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import capo
+from capo import checkpoint, critique, rundir
+from capo.config import TrainConfig
+from capo.data import DELIMITER, ArithmeticTask, Problem
+from capo.errors import UsageError
+from capo.evaluate import accuracy, plot_curves, response_texts
+from capo.judges import Judge, JudgeRequest
+from capo.judges.scripted import ScriptedJudge
+from capo.learn import Batch, learn, response_logprobs
+from capo.metrics import MetricsLog, judge_metrics, outcome_metrics, read_metrics
+from capo.models import build_model, stream, warm_start
+from capo.progress import Stage, stage
+from capo.rollout import Rollouts, sample
+from capo.verify import Outcome, Verifier
+
+BETAS = (0.9, 0.95)  # of AdamW
+
+
+class TrainingError(Exception):
+    """Training cannot go on."""
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    run_dir: Path
+    update: int  # updates done, those of earlier parts of the run included
+    before: float | None  # held-out greedy accuracy of the warm-started model; None if stopped before that
+    after: float | None  # of the last evaluation
+    stopped: bool  # by a signal
+
+
+def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> Result:
+    """Run a whole training: warm start, RL updates, evaluation, checkpoints, learning curve.
+
+    The first SIGINT or SIGTERM ends it after the update at work, with a checkpoint; the second one at once.
+
+    Args:
+        config: all settings.
+        resume: go on from the latest checkpoint of the run folder; on a CPU, with the same number of threads, the result
+            is bitwise that of a run without interruption.
+        console: where progress is shown; None: standard error.
+
+    Raises:
+        UsageError: the run folder is in use, or does not fit the request.
+        TrainingError: too many updates in a row with a loss or gradient that is NaN or Inf.
+        capo.checkpoint.CheckpointError: the checkpoint to resume from is damaged.
+        OSError: a checkpoint cannot be written; earlier ones are intact.
+    """
+    console = console or Console(stderr=True)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    rundir.check(config, resume)
+    try:
+        with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
+            return _Run(config, resume, console, stop).train()
+    except BlockingIOError:
+        raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
+
+
+class _Run:
+    """One run: what it is made of, and the loop."""
+
+    def __init__(self, config: TrainConfig, resume: bool, console: Console, stop: threading.Event) -> None:
+        self.config, self.resume, self.console, self.stop = config, resume, console, stop
+        self.folder = config.run_dir
+        self.checkpoints = self.folder / "checkpoints"
+        self.task = ArithmeticTask(config.task, stream(config.seeds.data, "task"))
+        held_out = torch.Generator().manual_seed(stream(config.seeds.data, "held out"))
+        self.held_out = self.task.problems(config.task.held_out, held_out, held_out=True)
+        self.judge: Judge = ScriptedJudge(
+            self.task.check,
+            false_alarm=config.judge.false_alarm,
+            missed=config.judge.missed,
+            invalid=config.judge.invalid,
+            failed=config.judge.failed,
+            seed=stream(config.seeds.rl, "judge"),
+        )
+        self.model = build_model(config.model, self.task, stream(config.seeds.warm_start, "weights"))
+        self.model.to(_device(config.device))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
+        )
+        self.reference: Any = None  # the warm-started model, where the loss has a KL term
+        self.state: dict[str, Any] = {"update": 0, "num_tokens": 0, "bad_in_row": 0, "bad_updates": 0}
+
+    def train(self) -> Result:
+        if not self._start():
+            return Result(self.folder, 0, None, None, stopped=True)
+        config, state = self.config, self.state
+        first = state["update"] + 1
+        with stage(self.console, config.method, config.updates, done=first - 1) as show:
+            for update in range(first, config.updates + 1):
+                metrics = self._update(update)
+                last = update == config.updates or self.stop.is_set()
+                if last or update % config.eval_every == 0:
+                    metrics["eval/accuracy"] = state["accuracy"] = accuracy(self.model, self.task, self.held_out)
+                self.log.write({"step": update, **metrics})
+                if last or update % config.save_every == 0:
+                    self._save()
+                _show(show, update, metrics, state["accuracy"])
+                if state["bad_in_row"] >= config.max_bad_updates:
+                    raise TrainingError(
+                        f"{state['bad_in_row']} updates in a row had a loss or gradient that is NaN or Inf; they were "
+                        f"skipped, the weights are finite. Lower learning_rate ({config.learning_rate:g})"
+                    )
+                if self.stop.is_set():
+                    break
+        curve = [(row["step"], row["eval/accuracy"]) for row in read_metrics(self.log.path) if "eval/accuracy" in row]
+        plot_curves({config.method: curve}, self.folder / "curve.png", "Learning curve")
+        stopped = self.stop.is_set() and state["update"] < config.updates
+        return Result(self.folder, state["update"], state["accuracy_before"], state["accuracy"], stopped)
+
+    def _start(self) -> bool:
+        """Bring model, optimiser and log to where the loop begins; False if stopped by a signal."""
+        config = self.config
+        start = self.folder / "start"
+        if self.resume:
+            latest = checkpoint.saved_updates(self.checkpoints)[-1]
+            self.state = checkpoint.load(
+                checkpoint.checkpoint_path(self.checkpoints, latest), self.model, self.optimizer
+            )
+        else:
+            checkpoint.write_text(self.folder / "config.yaml", config.to_yaml())
+            if not self._warm_start():
+                return False
+            checkpoint.save(start, self.model, None, {})
+            self.state["accuracy_before"] = self.state["accuracy"] = accuracy(self.model, self.task, self.held_out)
+        if config.loss.kl_coef > 0:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+            checkpoint.load(start, self.reference, None)
+        self.log = MetricsLog(self.folder / "metrics.jsonl", self.state["update"] if self.resume else -1, self.console)
+        if not self.resume:
+            self.log.write({"step": 0, "eval/accuracy": self.state["accuracy"]})
+            self._save()
+        return True
+
+    def _warm_start(self) -> bool:
+        steps = self.config.warm_start.steps
+        with stage(self.console, "warm start", steps) as show:
+
+            def on_step(step: int, loss: float) -> None:
+                show(step, f"loss {loss:.3f}")
+                if self.stop.is_set():
+                    raise _Stopped
+
+            try:
+                if warm_start(self.model, self.task, self.config, on_step):
+                    show(steps, "from the cache")
+            except _Stopped:
+                return False
+            except FloatingPointError as error:
+                raise TrainingError(str(error)) from None
+        return True
+
+    def _save(self) -> None:
+        path = checkpoint.checkpoint_path(self.checkpoints, self.state["update"])
+        checkpoint.save(path, self.model, self.optimizer, self.state)
+        checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
+
+    def _update(self, update: int) -> dict[str, Any]:
+        """One update: collect responses, learn from them. Returns the metrics."""
+        config, state = self.config, self.state
+        began = time.perf_counter()
+        batch, metrics = self._collect(update)
+        collected = time.perf_counter()
+        rate = config.learning_rate * min(1.0, update / max(1, config.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        learnt, finite = learn(self.model, self.optimizer, batch, config)
+        ended = time.perf_counter()
+        state["update"] = update
+        state["num_tokens"] += batch.rollouts.prompt_mask.sum().item() + len(batch.rollouts.token_ids)
+        state["bad_in_row"] = 0 if finite else state["bad_in_row"] + 1
+        state["bad_updates"] += not finite
+        return {
+            **learnt,
+            **metrics,
+            "learning_rate": rate,
+            "num_tokens": state["num_tokens"],
+            "capo/bad_updates": state["bad_updates"],
+            "step_time": ended - began,
+            "capo/time/learn": ended - collected,
+        }
+
+    def _collect(self, update: int) -> tuple[Batch, dict[str, Any]]:
+        """Sample, verify, judge, vote: all that the loss needs."""
+        config, task = self.config, self.task
+        began = time.perf_counter()
+        prompts = torch.Generator().manual_seed(stream(config.seeds.rl, "prompts", update))
+        problems = task.problems(config.prompts, prompts)
+        rollouts = sample(
+            self.model,
+            [task.encode(problem.question) for problem in problems],
+            config.group_size,
+            max_new_tokens=config.max_new_tokens or task.response_length,
+            eos_id=task.eos_id,
+            temperature=config.temperature,
+            generator=torch.Generator(self.model.device).manual_seed(stream(config.seeds.rl, "sample", update)),
+        )
+        problems = [problem for problem in problems for _ in range(config.group_size)]  # one per response
+        sampled = time.perf_counter()
+
+        outcomes = verify(task, rollouts, problems)
+        steps = capo.segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
+        texts = capo.steps.step_texts(rollouts.token_ids, steps, task.token_bytes)
+        requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(problems, texts, strict=True)]
+        votes = config.judge.num_votes
+        replies = self.judge.critique(requests, votes) if votes else [[] for _ in requests]
+        table = critique.vote_table(
+            [[reply.critique for reply in row] for row in replies], list(map(len, texts)), votes
+        )
+        judged = time.perf_counter()
+
+        credit = capo.Credit(
+            outcomes=outcomes,
+            votes=table.to(outcomes.device),
+            steps=steps,
+            cu_seqlens=rollouts.cu_seqlens,
+            groups=torch.arange(config.prompts, device=outcomes.device).repeat_interleave(config.group_size),
+            rule=config.credit_rule(),
+        )
+        # Over the whole update at once: minibatches and micro-batches may then be cut anywhere.
+        advantages = credit.advantages()
+        old_logprobs, entropy = response_logprobs(self.model, rollouts, config)
+        ref_logprobs = response_logprobs(self.reference, rollouts, config)[0] if self.reference is not None else None
+        metrics = {
+            **outcome_metrics(outcomes, config.group_size),
+            **judge_metrics(credit, replies),
+            "entropy": entropy.mean().item(),
+            "completions/mean_length": rollouts.cu_seqlens.diff().double().mean().item(),
+            "completions/clipped_ratio": rollouts.truncated.double().mean().item(),
+            "sampling/sampling_logp_difference/mean": (old_logprobs - rollouts.logprobs).abs().mean().item(),
+            "sampling/sampling_logp_difference/max": (old_logprobs - rollouts.logprobs).abs().max().item(),
+            "capo/dead_tokens": (advantages == 0).double().mean().item(),
+            "capo/max_advantage": advantages.abs().max().item(),
+            "capo/time/sample": sampled - began,
+            "capo/time/judge": judged - sampled,
+        }
+        return Batch(rollouts, advantages, old_logprobs, ref_logprobs), metrics
+
+
+def verify(task: ArithmeticTask, rollouts: Rollouts, problems: list[Problem]) -> Tensor:
+    """Outcomes: 1 right, 0 wrong, NaN undecided. A truncated response is wrong: its answer may lack digits. [B]"""
+    texts = response_texts(task, rollouts.token_ids, rollouts.cu_seqlens)
+    outcomes = Verifier().verify(texts, [problem.answer for problem in problems])
+    rewards = torch.tensor([outcome.reward for outcome in outcomes], device=rollouts.truncated.device)
+    return torch.where(rollouts.truncated, Outcome.WRONG.reward, rewards)
+
+
+class _Stopped(Exception):
+    """A signal asked the warm start to end."""
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device=cuda, but PyTorch sees no GPU; choose device=cpu or auto")
+    return name
+
+
+def _show(show: Stage, update: int, metrics: dict[str, Any], accuracy: float) -> None:
+    reward = "undecided" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
+    show(update, f"reward {reward} held-out accuracy {accuracy:.3f}")
