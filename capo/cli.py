@@ -44,25 +44,7 @@ def doctor() -> None:
     report()
 
 
-_SCORE_HELP = r"""Turn a file of rollouts and a file of critiques into token advantages.
-
-Rollouts are JSON lines or parquet, one prompt with its responses, or one response, a row; critiques are JSON lines, one
-response a row. docs/score.md has all fields. For example
-
-    rollouts.jsonl   {"prompt": "2 + 2?", "responses": [{"id": "a", "text": "2 + 2 = 5\n\nSo 5.", "outcome": 0}, ...]}
-
-    critiques.jsonl  {"response_id": "a", "critiques": [{"flagged": [0]}, "Judgment: ... <incorrect_steps>0<...>", null]}
-
-    capo score rollouts.jsonl --critiques critiques.jsonl --tokenizer ./model --out shaped.parquet
-
-writes a row for each response with its token ids, their advantages, its steps, weights and votes. Rows that cannot be
-used are listed with the reason in shaped.parquet.rejected.jsonl, and all others are scored.
-
-Exit code: 0 all rows were scored, 1 some were refused, 2 nothing was written.
-"""
-
-
-@app.command(help=_SCORE_HELP)
+@app.command()
 def score(
     rollouts: Path = typer.Argument(help="Rollouts, .jsonl or .parquet."),
     out: Path = typer.Option(help="The parquet file to write."),
@@ -91,6 +73,22 @@ def score(
     ),
     summary: Path | None = typer.Option(None, help="Write the summary here as JSON, too."),
 ) -> None:
+    r"""Turn a file of rollouts and a file of critiques into token advantages.
+
+    Rollouts are JSON lines or parquet, one prompt with its responses, or one response, a row; critiques are JSON lines, one
+    response a row. docs/score.md has all fields. For example
+
+        rollouts.jsonl   {"prompt": "2 + 2?", "responses": [{"id": "a", "text": "2 + 2 = 5\n\nSo 5.", "outcome": 0}, ...]}
+
+        critiques.jsonl  {"response_id": "a", "critiques": [{"flagged": [0]}, "Judgment: ... <incorrect_steps>0<...>", null]}
+
+        capo score rollouts.jsonl --critiques critiques.jsonl --tokenizer ./model --out shaped.parquet
+
+    writes a row for each response with its token ids, their advantages, its steps, weights and votes. Rows that cannot be
+    used are listed with the reason in shaped.parquet.rejected.jsonl, and all others are scored.
+
+    Exit code: 0 all rows were scored, 1 some were refused, 2 nothing was written.
+    """
     from capo.scoreboard import progress_bar, table
 
     with _usage_errors(ImportError, OSError, ValueError):

@@ -192,11 +192,6 @@ _JUDGMENT_LINE = re.compile(
     r"(?P<verdict>Yes|No)[*`]{0,3}\.?[*`]{0,3}[\t\r ]{0,8}$",
     re.MULTILINE | re.ASCII,
 )
-# The patterns below find tags of any nonce, which is then compared: to compile them per nonce takes longer than to parse.
-_LIST_TAG = re.compile(r"<(?P<close>/?)incorrect_steps(?P<suffix>(?::[0-9A-Za-z]{4,64})?)>")
-_NUMBER = r"(0|[1-9][0-9]*)"
-_INDEX = rf"(?:<step_{_NUMBER}(:[0-9A-Za-z]{{4,64}})?>|(?:step_)?{_NUMBER})"
-_ITEM = re.compile(rf"{_INDEX}(?:\s*[-–]\s*{_INDEX})?")
 _REASONING_TAG = re.compile(r"<(?P<close>/?)[Tt][Hh][Ii][Nn][Kk](?:[Ii][Nn][Gg])?>")
 
 
@@ -216,12 +211,10 @@ def _without_reasoning(text: str) -> str:
 
 # Patterns for any nonce, which is compared afterwards: compiling them anew for each would cost more than all the rest.
 _SUFFIX = ":[0-9A-Za-z]{4,64}"
-_LIST_TAG = re.compile(f"<(?P<close>/?)incorrect_steps(?P<suffix>{_SUFFIX})?>")
-_NUMBER = "(?:0|[1-9][0-9]*)"
-_ITEM = re.compile(
-    rf"(?P<first><step_{_NUMBER}(?P<suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER})"
-    rf"(?:\s*[-–]\s*(?P<last><step_{_NUMBER}(?P<last_suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER}))?"
-)
+_LIST_TAG = re.compile(f"<(?P<close>/?)incorrect_steps(?P<suffix>(?:{_SUFFIX})?)>")
+_NUMBER = "(0|[1-9][0-9]*)"
+_INDEX = f"(?:<step_{_NUMBER}({_SUFFIX})?>|(?:step_)?{_NUMBER})"  # groups: number in a tag, suffix of the tag, number
+_ITEM = re.compile(rf"{_INDEX}(?:\s*[-–]\s*{_INDEX})?")
 
 
 def _last_block(text: str, suffix: str) -> tuple[str | None, bool]:
@@ -242,11 +235,10 @@ def _indices(block: str, num_steps: int, suffix: str) -> tuple[int, ...]:
     spans = []
     for written in dict.fromkeys(block.split(",")) if block else ():  # each once: a repeated item costs next to nothing
         match = _ITEM.fullmatch(written.strip())
-        tagged, nonce, plain, last_tagged, last_nonce, last_plain = match.groups() if match else (None,) * 6
-        if match is None or (nonce or suffix) != suffix or (last_nonce or suffix) != suffix:
+        if match is None or match[2] not in (None, suffix) or match[5] not in (None, suffix):
             raise CritiqueError(Reason.BAD_INDEX, f"{written.strip()!r:.40} is no step index")
-        first = _number(tagged or plain, num_steps)
-        last = _number(last_tagged or last_plain, num_steps) if last_tagged or last_plain else first
+        first = _number(match[1] or match[3], num_steps)
+        last = _number(match[4] or match[6], num_steps) if match[4] or match[6] else first
         if first > last:
             raise CritiqueError(Reason.BAD_INDEX, f"range {written.strip()!r:.40} runs backwards")
         spans.append((first, last))

@@ -46,7 +46,9 @@ class Rejected:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}"
-        return f"{place}: {self.reason}" if self.response is None else f"{place}, response {self.response}: {self.reason}"
+        return (
+            f"{place}: {self.reason}" if self.response is None else f"{place}, response {self.response}: {self.reason}"
+        )
 
     def to_json(self) -> bytes:
         """One line of JSON; a row that is not UTF-8 stands there in base64, as ``row_base64``."""
@@ -194,8 +196,8 @@ def _response(
         check_token_ids(token_ids, vocabulary)
     elif text is None:
         raise BadRow("missing key: a response needs token_ids or text")
-    if text is not None and not isinstance(text, str):
-        raise BadRow(f"the text of a response must be a string, got {_kind(text)}")
+    if text is not None:
+        _check_text("the text of a response", text)
     logprobs = element.get("logprobs")
     if logprobs is not None and not isinstance(logprobs, list):
         raise BadRow(f"logprobs must be a list, got {_kind(logprobs)}")
@@ -246,8 +248,8 @@ def _outcome(element: dict) -> float | None:
 def _group(record: dict, line: int, alone: bool) -> tuple[Any, str | None]:
     """What the responses of one group share, and the group's name if the file gives one."""
     prompt = _first(record, "prompt", "question")
-    if prompt is not None and not isinstance(prompt, str | list):
-        raise BadRow(f"prompt must be a string or a list of messages, got {_kind(prompt)}")
+    if prompt is not None and not isinstance(prompt, list):
+        _check_text("prompt", prompt, "a string or a list of messages")
     group_id = _identifier(record, "group", "group_id", "prompt_id")
     if group_id is not None:
         return ("group", group_id), group_id
@@ -256,7 +258,11 @@ def _group(record: dict, line: int, alone: bool) -> tuple[Any, str | None]:
     if not alone:
         return ("line", line), None
     # Keys of all groups are kept, so they are short.
-    return hashlib.blake2b(orjson.dumps(prompt, default=str), digest_size=16).digest(), None
+    try:
+        written = orjson.dumps(prompt, option=orjson.OPT_SORT_KEYS)
+    except TypeError as error:
+        raise BadRow(f"prompt is not JSON: {error}") from error
+    return hashlib.blake2b(written, digest_size=16).digest(), None
 
 
 def _answer(record: dict) -> str | None:
@@ -272,12 +278,22 @@ def _answer(record: dict) -> str | None:
 
 def _identifier(record: dict, *names: str) -> str | None:
     value = _first(record, *names)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow(f"{next(n for n in names if record.get(n) is not None)} must be a string or an integer, "
-                     f"got {_kind(value)}")  # fmt: skip
-    return str(value)
+    if type(value) is int:
+        return str(value)
+    if value is not None:
+        name = next(name for name in names if record.get(name) is not None)
+        _check_text(name, value, "a string or an integer")
+    return value
+
+
+def _check_text(name: str, value: Any, wanted: str = "a string") -> None:
+    """Raise BadRow unless this is a string that can be written as UTF-8; one from JSON always can."""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} must be {wanted}, got {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{name} has half a character at position {error.start}") from error
 
 
 def _first(record: dict, *names: str) -> Any:
@@ -288,7 +304,14 @@ def _first(record: dict, *names: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "an integer", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
@@ -416,13 +439,13 @@ def _critique_key(record: Any) -> str | tuple[int, int]:
     id_ = _identifier(record, "response_id")
     if id_ is not None:
         return id_
-    place = record.get("prompt_index"), record.get("response_index")
-    if any(value is None for value in place):
+    prompt_index, response_index = record.get("prompt_index"), record.get("response_index")
+    if prompt_index is None or response_index is None:
         raise BadRow("missing key: response_id, or prompt_index and response_index")
-    for value in place:
+    for value in (prompt_index, response_index):
         if type(value) is not int:
             raise BadRow(f"prompt_index and response_index must be integers, got {_kind(value)}")
-    return place
+    return prompt_index, response_index
 
 
 def votes_of(record: dict, num_steps: int, num_votes: int | None) -> Votes:

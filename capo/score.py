@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -31,6 +33,7 @@ from capo.records import NO_VOTES, CritiqueIndex, Rejected, Response, Row, Votes
 from capo.reference import step_weights
 from capo.steps import segment
 from capo.tokenizer import Tokenizer, load_tokenizer
+from capo.verify import Verifier
 
 try:
     import pyarrow as pa
@@ -38,7 +41,7 @@ try:
 except ImportError as error:
     raise ImportError("writing parquet needs pyarrow: pip install 'capo[score]'") from error
 
-CHUNK_TOKENS = 1 << 20  # tokens scored at a time, and about those of a row group; at least one whole group
+CHUNK_TOKENS = 1 << 18  # tokens scored at a time, and about those of a row group; at least one whole group
 _SHOWN_REJECTS = 10
 
 SCHEMA = pa.schema(
@@ -206,7 +209,7 @@ def score_file(
         run = _score_rows(rollouts, index, options, table, listing, progress)
         result = dataclasses.replace(run.summary(), seconds=time.perf_counter() - started)
         if report is not None:
-            report.file.write(json.dumps(dataclasses.asdict(result), indent=2).encode() + b"\n")
+            report.write_line(json.dumps(dataclasses.asdict(result), indent=2).encode())
             report.commit()
         if result.bad_rows:
             listing.commit()
@@ -230,13 +233,7 @@ def _score_rows(
         listing.restart()
         index.reset()
         with pq.ParquetWriter(table.file, _schema(options), compression="zstd") as writer:
-            run = _Run(
-                options,
-                index,
-                str(rollouts),
-                writer.write_batch,
-                lambda rejected: listing.file.write(rejected.to_json() + b"\n"),
-            )
+            run = _Run(options, index, str(rollouts), writer.write_batch, lambda row: listing.write_line(row.to_json()))
             rows = read_rows(rollouts)
             if progress is not None:
                 rows = _watched(rows, rollouts, run, progress)
@@ -271,8 +268,10 @@ class _Run:
         options: how to score.
         critiques: where the critiques are.
         file: name of the rollouts, for messages.
-        write: takes each batch of `SCHEMA`.
+        write: takes each batch of `SCHEMA`, in another thread.
         reject: takes each refused row.
+
+    Text is encoded and batches are written in another thread, a chunk ahead and a chunk behind: both are native code.
     """
 
     def __init__(
@@ -291,38 +290,56 @@ class _Run:
         self._reject_to = reject
         self._group_numbers: dict[Any, int] = {}
         self._ids: set[str] = set()
+        self._ahead: tuple[list[Response], Future | None] = [], None
+        self._writing: Future | None = None
 
     def in_chunks(self, rows: Iterable[Row]) -> None:
         """Score rows whose groups are adjacent; raises `_ScatteredGroup` as soon as they are not."""
         chunk: list[Response] = []
         size, first_open = 0, 0
-        for response in self._responses(rows):
-            if response.group < first_open:
-                raise _ScatteredGroup
-            if size >= CHUNK_TOKENS and response.group != chunk[-1].group:
-                first_open = response.group
-                self._score(chunk)
-                chunk, size = [], 0
-            chunk.append(response)
-            size += response.size
-        self._finish([chunk])
+        with ThreadPoolExecutor(1) as thread:
+            for response in self._responses(rows):
+                if response.group < first_open:
+                    raise _ScatteredGroup
+                if size >= CHUNK_TOKENS and response.group != chunk[-1].group:
+                    first_open = response.group
+                    self._push(chunk, thread)
+                    chunk, size = [], 0
+                chunk.append(response)
+                size += response.size
+            self._finish([chunk], thread)
 
     def all_at_once(self, rows: Iterable[Row]) -> None:
         """Score rows in any order; the responses of a group come out together."""
         groups: dict[int, list[Response]] = {}
         for response in self._responses(rows):
             groups.setdefault(response.group, []).append(response)
-        self._finish(_chunks(groups.values()))
+        with ThreadPoolExecutor(1) as thread:
+            self._finish(_chunks(groups.values()), thread)
 
     def summary(self) -> ScoreSummary:
         return self.tallies.summary()
 
-    def _finish(self, chunks: Iterable[list[Response]]) -> None:
-        for chunk in chunks:
-            self._score(chunk)
+    def _finish(self, chunks: Iterable[list[Response]], thread: ThreadPoolExecutor) -> None:
+        for chunk in chain(chunks, [[]]):
+            self._push(chunk, thread)
+        if self._writing is not None:
+            self._writing.result()
         self._critiques.refuse_untaken()
         for rejected in self._critiques.rejected:
             self._reject(rejected)
+
+    def _push(self, chunk: list[Response], thread: ThreadPoolExecutor) -> None:
+        """Begin to encode a chunk of whole groups, and score the one before."""
+        texts = [response.text or "" for response in chunk if response.token_ids is None]
+        if texts and self.options.tokenizer.why_not:
+            raise InputError(f"a response is given as text and cannot be encoded: {self.options.tokenizer.why_not}")
+        ahead = chunk, thread.submit(self.options.tokenizer.encode, texts) if texts else None
+        (chunk, encoded), self._ahead = self._ahead, ahead
+        batch = self._scored(chunk, encoded.result() if encoded else [])
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = thread.submit(self._write, batch) if batch is not None else None
 
     def _responses(self, rows: Iterable[Row]) -> Iterator[Response]:
         """The responses that can be used, each with the number of its group, in order of first appearance."""
@@ -343,12 +360,12 @@ class _Run:
             self.tallies.bad_row_examples.append(str(rejected))
         self._reject_to(rejected)
 
-    def _score(self, responses: list[Response]) -> None:
-        """Score whole groups and write them."""
+    def _scored(self, responses: list[Response], encoded: list[list[int]]) -> pa.RecordBatch | None:
+        """The rows of the output for whole groups; None if none of their responses can be used."""
         options = self.options
-        responses = self._encoded(responses)
+        responses = self._with_ids(responses, encoded)
         if not responses:
-            return
+            return None
         self._verify(responses)
         token_ids, cu_seqlens = _flat([response.token_ids for response in responses], np.int32)
         packed = torch.from_numpy(token_ids), torch.from_numpy(cu_seqlens)
@@ -364,20 +381,16 @@ class _Run:
         credit = Credit(outcomes, votes, steps, packed[1], groups, options.rule)
         chunk = _Chunk(responses, heard, token_ids, credit, credit.advantages().numpy())
         self.tallies.add(chunk)
-        self._write(chunk.batch(options))
+        return chunk.batch(options)
 
-    def _encoded(self, responses: list[Response]) -> list[Response]:
-        """The responses with token ids; text is encoded here, once, in one call."""
-        texts = [response for response in responses if response.token_ids is None]
-        try:
-            encoded = self.options.tokenizer.encode([response.text or "" for response in texts]) if texts else ()
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        for response, token_ids in zip(texts, encoded, strict=True):
-            response.token_ids = token_ids
+    def _with_ids(self, responses: list[Response], encoded: list[list[int]]) -> list[Response]:
+        """The responses, those given as text with the ids they were encoded to, if their logprobs are as many."""
+        rest = iter(encoded)
         kept = []
         for response in responses:
-            length = len(response.token_ids or ())
+            if response.token_ids is None:
+                response.token_ids = next(rest)
+            length = len(response.token_ids)
             if response.num_logprobs in (None, length):
                 kept.append(response)
             else:
@@ -386,10 +399,17 @@ class _Run:
         return kept
 
     def _verify(self, responses: list[Response]) -> None:
-        """Give every response an outcome; NaN where there is no answer to verify against."""
+        """Give every response an outcome: verified where the file gives none, NaN where there is no answer either."""
+        open_ones = [response for response in responses if response.outcome is None and response.answer is not None]
+        # What the policy sampled is what is verified, and that is the ids.
+        join = self.options.tokenizer.token_bytes.join
+        texts = [join(response.token_ids or ()).decode("utf-8", "replace") for response in open_ones]
+        verified = Verifier().verify(texts, [response.answer or "" for response in open_ones])
+        for response, outcome in zip(open_ones, verified, strict=True):
+            response.outcome = outcome.reward
         for response in responses:
             if response.outcome is None:
-                response.outcome = float("nan")
+                response.outcome = math.nan
 
 
 @dataclass(frozen=True)
@@ -664,6 +684,9 @@ class _Replacing:
         """Throw away what was written."""
         self.file.seek(0)
         self.file.truncate()
+
+    def write_line(self, line: bytes) -> None:
+        self.file.write(line + b"\n")
 
     def commit(self) -> None:
         """Put the file in its place, whole."""

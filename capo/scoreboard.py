@@ -31,7 +31,9 @@ def progress_bar(name: str) -> Iterator[Report | None]:
 
         def report(share: float, responses: int, tokens: int) -> None:
             seconds = max(time.perf_counter() - started, 1e-9)
-            bar.update(task, completed=share, rate=f"{responses / seconds:,.0f} responses/s, {tokens / seconds:,.0f} tok/s")
+            bar.update(
+                task, completed=share, rate=f"{responses / seconds:,.0f} responses/s, {tokens / seconds:,.0f} tok/s"
+            )
 
         yield report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,19 @@ from capo.steps import TokenBytes
 _TIKTOKEN_SUFFIXES = (".tiktoken", ".model")
 
 
+@dataclass(frozen=True)
 class Tokenizer:
     """The bytes of every token id, and an encoder for responses that come as text.
 
     Args:
         token_bytes: the byte table; its length is the vocabulary.
-        encode: token ids of a list of texts, without special tokens around them; None where text cannot be encoded.
-        why_not: why it cannot, for the error message.
+        encode: token ids of each of a list of texts, without special tokens around them.
+        why_not: why text cannot be encoded; None if it can.
     """
 
-    def __init__(
-        self, token_bytes: TokenBytes, encode: Callable[[list[str]], list[list[int]]] | None, why_not: str = ""
-    ) -> None:
-        self.token_bytes = token_bytes
-        self.why_not = why_not
-        self._encode = encode
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text, in one call of the tokenizer; raises ValueError where text cannot be encoded."""
-        if self._encode is None:
-            raise ValueError(f"a response is given as text and cannot be encoded: {self.why_not}")
-        return self._encode(texts)
+    token_bytes: TokenBytes
+    encode: Callable[[list[str]], list[list[int]]]
+    why_not: str | None = None
 
 
 def load_tokenizer(
@@ -61,7 +54,7 @@ def load_tokenizer(
     if isinstance(source, Tokenizer):
         return source
     if isinstance(source, TokenBytes):
-        return Tokenizer(source, None, "a byte table has no encoder; give token_ids or a tokenizer")
+        return _without_encoder(source, "a byte table has no encoder; give token_ids or a tokenizer")
     if not isinstance(source, str | PathLike):
         return _hugging_face(source, num_tokens, eos_ids)
     path = Path(source)
@@ -134,6 +127,13 @@ def _hugging_face(tokenizer: Any, num_tokens: int | None, eos_ids: Iterable[int]
     return Tokenizer(token_bytes, encode)
 
 
+def _without_encoder(token_bytes: TokenBytes, why_not: str) -> Tokenizer:
+    def encode(texts: list[str]) -> list[list[int]]:
+        raise ValueError(why_not)
+
+    return Tokenizer(token_bytes, encode, why_not)
+
+
 def _tiktoken(path: Path, num_tokens: int | None, eos_ids: Sequence[int] | None, pattern: str | None) -> Tokenizer:
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}")
@@ -142,9 +142,8 @@ def _tiktoken(path: Path, num_tokens: int | None, eos_ids: Sequence[int] | None,
         pieces = [table[token] for token in range(len(table))]
         table = TokenBytes(pieces, special_ids=table.special.nonzero()[:, 0].tolist(), eos_ids=eos_ids)
     if pattern is None:
-        return Tokenizer(
+        return _without_encoder(
             table,
-            None,
             f"{path.name} is a tiktoken file, which does not say how text is split; give token_ids, a tokenizer.json, "
             "or the pattern (--tiktoken-pattern)",
         )
