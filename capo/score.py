@@ -534,8 +534,9 @@ class _Tallies:
 
     def agreement(self) -> Agreement:
         """Agreement of all votes; how the votes on a step are arranged does not matter, only how many say what."""
-        counts = torch.tensor(list(self.cases.values()), dtype=torch.int64)
-        return agreement(_votes_saying(np.array(list(self.cases), np.int64).reshape(-1, 2)), counts)
+        cases = sorted(self.cases.items())  # so that chunks change no bit
+        counts = torch.tensor([count for _, count in cases], dtype=torch.int64)
+        return agreement(_votes_saying(np.array([case for case, _ in cases], np.int64).reshape(-1, 2)), counts)
 
     def summary(self) -> ScoreSummary:
         agreed = self.agreement()
