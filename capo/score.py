@@ -21,7 +21,7 @@ from functools import cached_property
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -202,9 +202,9 @@ def score_file(
         _check_parquet(rollouts)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_garbage_collection())
-        table = stack.enter_context(_Replacing(out))
-        listing = stack.enter_context(_Replacing(rejects))
-        report = None if summary is None else stack.enter_context(_Replacing(summary))
+        table = stack.enter_context(_draft(out))
+        listing = stack.enter_context(_draft(rejects))
+        report = None if summary is None else stack.enter_context(_draft(summary))
         index = CritiqueIndex("critiques") if critiques is None else CritiqueIndex.of_file(critiques)
         run = _score_rows(rollouts, index, options, table, listing, progress)
         result = dataclasses.replace(run.summary(), seconds=time.perf_counter() - started)
@@ -223,8 +223,8 @@ def _score_rows(
     rollouts: Path,
     index: CritiqueIndex,
     options: _Options,
-    table: _Replacing,
-    listing: _Replacing,
+    table: _Draft,
+    listing: _Draft,
     progress: Progress | None,
 ) -> _Run:
     """Run over the file in chunks, or, if its groups are scattered, once more and all at once."""
@@ -659,27 +659,13 @@ def _check_parquet(file: Path) -> None:
         raise InputError(f"{file} is not a parquet file: {error}") from error
 
 
-class _Replacing:
-    """A file written beside its place, and moved there by `commit`; without that, it is gone at the end of the block.
+@dataclass(frozen=True)
+class _Draft:
+    """A file written beside its place; see `_draft`."""
 
-    Raises:
-        InputError: the folder cannot be written to.
-    """
-
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self._temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        try:
-            self.file = open(self._temporary, "wb")
-        except OSError as error:
-            raise InputError(f"cannot write to {place.parent}: {error.strerror}") from error
-
-    def __enter__(self) -> _Replacing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self._temporary.unlink(missing_ok=True)
+    file: BinaryIO
+    temporary: Path
+    place: Path
 
     def restart(self) -> None:
         """Throw away what was written."""
@@ -693,7 +679,24 @@ class _Replacing:
         """Put the file in its place, whole."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        os.replace(self._temporary, self._place)
+        os.replace(self.temporary, self.place)
+
+
+@contextlib.contextmanager
+def _draft(place: Path) -> Iterator[_Draft]:
+    """A file to be moved to its place by `_Draft.commit`, and gone at the end of the block if it was not.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(temporary, "wb"))
+        except OSError as error:
+            raise InputError(f"cannot write to {place.parent}: {error.strerror}") from error
+        stack.callback(temporary.unlink, missing_ok=True)
+        yield _Draft(file, temporary, place)
 
 
 def _watched(rows: Iterator[Row], file: Path, run: _Run, progress: Progress) -> Iterator[Row]:

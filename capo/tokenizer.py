@@ -122,7 +122,8 @@ def _hugging_face(tokenizer: Any, num_tokens: int | None, eos_ids: Iterable[int]
         backend.no_padding()
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        # encode_batch_fast computes less and takes longer (tokenizers 0.23: by a third).
+        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
     return Tokenizer(token_bytes, encode)
 
