@@ -206,10 +206,24 @@ def score_file(
         listing = stack.enter_context(_draft(rejects))
         report = None if summary is None else stack.enter_context(_draft(summary))
         index = CritiqueIndex("critiques") if critiques is None else CritiqueIndex.of_file(critiques)
-        run = _score_rows(rollouts, index, options, table, listing, progress)
+
+        def attempt(read: Callable[[_Run, Iterator[Row]], None]) -> _Run:
+            for draft in (table, listing):
+                draft.restart()
+            index.reset()
+            with pq.ParquetWriter(table.file, _schema(options), compression="zstd") as writer:
+                run = _Run(options, index, str(rollouts), writer.write_batch, listing.write_rejected)
+                rows = read_rows(rollouts)
+                read(run, rows if progress is None else _watched(rows, rollouts, run, progress))
+            return run
+
+        try:
+            run = attempt(_Run.in_chunks)
+        except _ScatteredGroup:
+            run = attempt(_Run.all_at_once)
         result = dataclasses.replace(run.summary(), seconds=time.perf_counter() - started)
         if report is not None:
-            report.write_line(json.dumps(dataclasses.asdict(result), indent=2).encode())
+            report.file.write(json.dumps(dataclasses.asdict(result), indent=2).encode() + b"\n")
             report.commit()
         if result.bad_rows:
             listing.commit()
@@ -217,32 +231,6 @@ def score_file(
     if not result.bad_rows:
         rejects.unlink(missing_ok=True)
     return result
-
-
-def _score_rows(
-    rollouts: Path,
-    index: CritiqueIndex,
-    options: _Options,
-    table: _Draft,
-    listing: _Draft,
-    progress: Progress | None,
-) -> _Run:
-    """Run over the file in chunks, or, if its groups are scattered, once more and all at once."""
-    for streaming in (True, False):
-        table.restart()
-        listing.restart()
-        index.reset()
-        with pq.ParquetWriter(table.file, _schema(options), compression="zstd") as writer:
-            run = _Run(options, index, str(rollouts), writer.write_batch, lambda row: listing.write_line(row.to_json()))
-            rows = read_rows(rollouts)
-            if progress is not None:
-                rows = _watched(rows, rollouts, run, progress)
-            try:
-                run.in_chunks(rows) if streaming else run.all_at_once(rows)
-            except _ScatteredGroup:
-                continue
-        return run
-    raise RuntimeError("unreachable: only chunks can meet a scattered group")
 
 
 @contextlib.contextmanager
@@ -672,8 +660,8 @@ class _Draft:
         self.file.seek(0)
         self.file.truncate()
 
-    def write_line(self, line: bytes) -> None:
-        self.file.write(line + b"\n")
+    def write_rejected(self, rejected: Rejected) -> None:
+        self.file.write(rejected.to_json() + b"\n")
 
     def commit(self) -> None:
         """Put the file in its place, whole."""
