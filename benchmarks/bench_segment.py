@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_segment.py --benchmark-columns=min,median,iqr,rounds
 
-The column tokens/s (median) is printed with -s. Needs the packages dashscope (its qwen.tiktoken) and tiktoken, and the file
-shared/data/gsm8k_solutions.jsonl in a folder above the repository.
+With -s, tokens/s (median) are printed, too. Needs the packages dashscope (its qwen.tiktoken) and tiktoken, and the
+file shared/data/gsm8k_solutions.jsonl in a folder above the repository.
 """
 
 from __future__ import annotations

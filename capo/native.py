@@ -109,16 +109,3 @@ def logprobs(logits, labels, temperature, mask):
     if not fits:
         reference.check_rows("logprobs", logits, labels, mask)
     return values, entropy
-
-
-def scale_(grad, factor):
-    rows, vocab = grad.shape
-    _native.scale(
-        grad.data_ptr(),
-        grad.stride(0),
-        _DTYPES.index(grad.dtype),
-        rows,
-        vocab,
-        float(factor),
-        torch.get_num_threads(),
-    )

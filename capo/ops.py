@@ -85,7 +85,6 @@ _lib.define(
     f"policy_loss(Tensor logits, {_POLICY_LOSS_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_PT2
 )
 _lib.define(f"policy_loss_(Tensor(a!) logits, {_POLICY_LOSS_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-_lib.define("scale_(Tensor(a!) grad, Tensor factor) -> ()")
 
 
 @torch.library.impl(_lib, "policy_loss", "CompositeExplicitAutograd")
@@ -98,11 +97,6 @@ def _policy_loss(logits, *args):
 @torch.library.impl(_lib, "policy_loss_", "CompositeExplicitAutograd")
 def _policy_loss_inplace(logits, *args):
     return kernel("policy_loss", logits.device)(logits, logits, *args[:7], *args[8:])
-
-
-@torch.library.impl(_lib, "scale_", "CompositeExplicitAutograd")
-def _scale_inplace(grad, factor):
-    kernel("scale_", grad.device)(grad, factor)
 
 
 def _policy_loss_metrics_fake(logits):
@@ -120,9 +114,13 @@ def _policy_loss_inplace_fake(logits, *args):
     return _policy_loss_metrics_fake(logits)
 
 
-@torch.library.register_fake("capo::scale_", lib=_lib)
-def _scale_inplace_fake(grad, factor):
-    return None
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of the logits times that of the loss, without another tensor of that size where it can be spared."""
+    if type(grad) is not Tensor:  # traced: a saved tensor must not be changed
+        return grad * factor
+    if factor.device.type == "cpu" and factor == 1:
+        return grad
+    return grad.mul_(factor)
 
 
 def _policy_loss_setup(ctx, inputs, output):
@@ -135,8 +133,7 @@ def _policy_loss_backward(ctx, grad_loss, *_):
     (grad_logits,) = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 21
-    torch.ops.capo.scale_(grad_logits, grad_loss)
-    return (grad_logits, *(None,) * 20)
+    return (_scaled(grad_logits, grad_loss), *(None,) * 20)
 
 
 torch.library.register_autograd("capo::policy_loss", _policy_loss_backward, setup_context=_policy_loss_setup, lib=_lib)
@@ -159,8 +156,7 @@ class _InplacePolicyLoss(torch.autograd.Function):
         (grad_logits,) = ctx.saved_tensors
         if grad_loss is None:
             return None, None
-        torch.ops.capo.scale_(grad_logits, grad_loss)
-        return grad_logits, None
+        return _scaled(grad_logits, grad_loss), None
 
 
 def policy_loss(

@@ -1,6 +1,6 @@
 """Every formula of capo in plain PyTorch, slow and obvious: the specification that all backends are tested against.
 
-In float64 it is the truth. ``credit``, ``policy_loss``, ``logprobs`` and ``scale_`` at the end make it a backend.
+In float64 it is the truth. ``credit``, ``policy_loss`` and ``logprobs`` at the end make it a backend.
 """
 
 from __future__ import annotations
@@ -386,10 +386,6 @@ def logprobs(logits, labels, temperature, mask):
     active = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
     values = label_logprobs(logits[active], labels[active], temperature)
     return tuple(torch.zeros(len(labels), device=logits.device).masked_scatter(active, v.float()) for v in values)
-
-
-def scale_(grad, factor):
-    grad.mul_(factor)
 
 
 def check_credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, num_tokens):

@@ -64,16 +64,16 @@ class Steps:
 class TokenBytes:
     """The byte string of every token id of a vocabulary.
 
-    Equivalent to the list ``tokens``, with ``b""`` in place of special tokens: those contribute no text and belong to no
-    step. Kept as ``data`` (uint8, all strings end to end), ``offsets`` (int64 [V + 1], into data), ``special`` and ``eos``
-    (bool [V]). Do not change these tensors.
+    Equivalent to the list ``tokens``, with ``b""`` in place of special tokens: those contribute no text and belong to
+    no step. Kept as ``data`` (uint8, all strings end to end), ``offsets`` (int64 [V + 1], into data), ``special`` and
+    ``eos`` (bool [V]). Do not change these tensors.
 
     Args:
         tokens: V byte strings; the position is the token id. A token without bytes that is not special is text all the
             same: it stays with the token before it.
         special_ids: control tokens (begin of text, padding, role markers, ...).
         eos_ids: tokens that end a response; special, too.
-        num_tokens: pads V to the vocabulary of the model (its logits can be wider than the tokenizer) with special tokens.
+        num_tokens: pads V to the model's vocabulary (its logits can be wider than the tokenizer) with special tokens.
 
     Raises:
         ValueError: a token that is not bytes, an id outside the vocabulary, ``num_tokens`` smaller than it.
@@ -117,8 +117,8 @@ class TokenBytes:
 
         Args:
             tokenizer: a fast tokenizer of transformers, or a ``tokenizers.Tokenizer``.
-            eos_ids: tokens that end a response; by default the tokenizer's ``eos_token_id``. Chat models often have more
-                than one: pass ``model.generation_config.eos_token_id``.
+            eos_ids: tokens that end a response; by default the tokenizer's ``eos_token_id``. Chat models often have
+                more than one: pass ``model.generation_config.eos_token_id``.
             num_tokens: as for :class:`TokenBytes`; pass the width of the model's logits.
 
         Raises:
@@ -164,7 +164,7 @@ class TokenBytes:
 
         Args:
             path: the file; a line is the token's bytes in base64, a space, the token id.
-            special_tokens: names and ids of the special tokens; names alone are numbered on from the last id of the file.
+            special_tokens: names and ids of the special tokens; names alone are numbered on from the file's last id.
             eos_tokens: the names of those that end a response.
             num_tokens: as for :class:`TokenBytes`.
 
@@ -235,20 +235,19 @@ def segment(
 ) -> Steps:
     r"""The steps of packed responses: where a delimiter follows text and more text follows it, a step begins.
 
-    Delimiters are looked for in the bytes of the tokens; nothing is encoded again. For the bytes ``text`` of one response
-    the rule is VinePPO's:
+    Delimiters are looked for in the bytes of the tokens; nothing is encoded again. The rule is VinePPO's:
 
-    * A delimiter's bytes belong to the step that follows, and a token belongs to the step of its first byte. So ``.\n\n``
-      as one token ends a step, ``\n\n`` as one token begins the next.
-    * No step is blank. Delimiters before the first text and pieces of white space between delimiters go to the step that
-      follows; delimiters and white space at the end go to the last step. White space is ASCII (space, tab, \n, \v, \f,
-      \r); no-break spaces, U+2028 and other such characters are text. What counts is the text of a step's own tokens: a
-      step that lies entirely inside a token of the step before it does not exist.
+    * A delimiter's bytes belong to the step that follows, and a token belongs to the step of its first byte. So
+      ``.\n\n`` as one token ends a step, ``\n\n`` as one token begins the next.
+    * No step is blank. Delimiters before the first text and white space between delimiters go to the step that follows;
+      delimiters and white space at the end go to the last step. White space is ASCII (space, tab, \n, \v, \f, \r);
+      no-break spaces, U+2028 and other such characters are text. What counts is the text of a step's own tokens: a step
+      that lies entirely inside a token of the step before it does not exist.
     * A response that is empty, or only white space, delimiters and special tokens, has no step.
-    * Special tokens belong to no step. As a step is one range, one within a response ends the step, and the text after it
-      begins another; delimiters do not reach over it. White space alone between special tokens is in no step.
-    * Exception: an EOS directly after the last step joins it, if only special tokens follow. A second EOS does not (it is
-      padding).
+    * Special tokens belong to no step. As a step is one range, one within a response ends the step, and the text after
+      it begins another; delimiters do not reach over it. White space alone between special tokens is in no step.
+    * Exception: an EOS directly after the last step joins it, if only special tokens follow. A second EOS does not (it
+      is padding).
     * No step begins inside a UTF-8 character: a token that begins with a continuation byte of a character begun before
       goes with the token before it. Bytes that are no valid UTF-8 are otherwise like any other text.
 
@@ -258,10 +257,11 @@ def segment(
         token_ids: [N] int32 or int64, as sampled.
         cu_seqlens: [B + 1] int32 or int64; response i is ``token_ids[cu_seqlens[i]:cu_seqlens[i + 1]]``.
         token_bytes: the bytes of every token id.
-        delimiter: text or bytes, found from left to right without overlap. Of line ends only (``"\n\n"``, ``"\n"``) it
-            also finds lines ended by ``\r\n``; a blank line with spaces in it is not ``"\n\n"``. Or a compiled pattern: of
-            str, it is matched on the text (UTF-8, bytes that are none as surrogate escapes), of bytes, on the bytes, in
-            either case between special tokens; a match of no length (a lookahead) is a place where a step may begin.
+        delimiter: text or bytes, found from left to right without overlap. If it is line ends only (``"\n\n"``,
+            ``"\n"``), lines may also end with ``\r\n``; a blank line with spaces in it is not ``"\n\n"``. Or a
+            compiled pattern: of str, it is matched on the text (UTF-8; other bytes as surrogate escapes), of bytes, on
+            the bytes, in either case between special tokens; a match of no length (a lookahead) is a place where a step
+            may begin.
         max_steps: at most this many steps per response. The last takes in the text up to the next special token, text
             after that belongs to no step.
         num_threads: CPU threads; by default PyTorch's number.
@@ -270,8 +270,8 @@ def segment(
         The steps, on the device of token_ids. Tensors on a GPU are copied to the CPU and back.
 
     Raises:
-        ValueError: an argument of the wrong type, shape or range, or a token id unknown to token_bytes; the message names
-            it with its position.
+        ValueError: an argument of the wrong type, shape or range, or a token id unknown to token_bytes; the message
+            names it with its position.
     """
     ids = _ids_on_cpu(token_ids, token_bytes)
     cu = _bounds_on_cpu(cu_seqlens, ids.numel())
@@ -290,8 +290,8 @@ def segment(
 def step_texts(token_ids: Tensor, steps: Steps, token_bytes: TokenBytes) -> list[list[str]]:
     """The text of each step of each response, as a judge reads it.
 
-    Equivalent to decoding ``token_ids[start:end]`` for every step: leading delimiters are part of it, special tokens are
-    not, and bytes that are no valid UTF-8 become U+FFFD.
+    Equivalent to decoding ``token_ids[start:end]`` for every step: leading delimiters are part of it, special tokens
+    are not, and bytes that are no valid UTF-8 become U+FFFD.
 
     Args:
         token_ids: [N] int32 or int64, the ids that ``steps`` were found in.
@@ -467,7 +467,7 @@ def _inside_character(text: bytes, position: int) -> bool:
 
 
 class _Delimiter:
-    """A delimiter as a pattern; ``newlines`` is the number of line ends where it consists of nothing else, 0 elsewhere."""
+    """A delimiter as a pattern; ``newlines`` is the number of line ends if it consists of nothing else, or 0."""
 
     def __init__(self, delimiter: str | bytes | re.Pattern[str] | re.Pattern[bytes]) -> None:
         self.newlines = 0
@@ -557,7 +557,7 @@ def _flags_of(ids: int | Iterable[int], name: str, size: int) -> Tensor:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2's): itself if it prints, else U+0100 on."""
+    """The characters that stand for bytes in byte-level vocabularies: the byte's own if it prints, else U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -643,8 +643,8 @@ def _check_against_decode(table: TokenBytes, backend: Any, strips_first_space: b
             at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), None)
             at = min(len(actual), len(expected)) if at is None else at
             raise ValueError(
-                f"TokenBytes: the bytes of {name}'s tokens are not what it decodes: for {probe!r} the bytes give {actual!r}, "
-                f"decode gives {expected!r}; they differ from character {at} on. Give the byte string of every id: "
+                f"TokenBytes: the bytes of {name}'s tokens are not what it decodes: for {probe!r} the bytes give "
+                f"{actual!r}, decode gives {expected!r}; they differ from character {at} on. Give every id's bytes: "
                 "TokenBytes(tokens, special_ids=..., eos_ids=...)"
             )
 

@@ -1,7 +1,6 @@
-// capo._native: the table of contents of this folder. Tensors arrive as addresses (0 for none); capo/native.py makes them.
+// capo._native: the table of contents of this folder. Tensors arrive as addresses (0 for none); capo/native.py makes
+// them.
 #include <pybind11/pybind11.h>
-
-#include <cmath>
 
 #include "cpu/credit.h"
 #include "cpu/policy_loss.h"
@@ -23,25 +22,24 @@ T* pointer(Address address) {
 void bind_text(py::module_& m) {
   m.def(
       "token_flags",
-      [](uintptr_t data, uintptr_t offsets, int64_t size, uintptr_t special, uintptr_t eos, uintptr_t flags) {
-        const capo::TokenTable table{size, pointer<const uint8_t>(data), pointer<const int64_t>(offsets), nullptr};
-        capo::token_flags(table, pointer<const uint8_t>(special), pointer<const uint8_t>(eos), pointer<uint8_t>(flags));
+      [](Address data, Address offsets, int64_t size, Address special, Address eos, Address flags) {
+        const TokenTable table{size, pointer<const uint8_t>(data), pointer<const int64_t>(offsets), nullptr};
+        token_flags(table, pointer<const uint8_t>(special), pointer<const uint8_t>(eos), pointer<uint8_t>(flags));
       },
       py::arg("data"), py::arg("offsets"), py::arg("size"), py::arg("special"), py::arg("eos"), py::arg("flags"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "segment",
-      [](uintptr_t ids, bool ids_are_int64, uintptr_t cu_seqlens, int64_t num_responses, uintptr_t data,
-         uintptr_t offsets, uintptr_t flags, int64_t size, int64_t newlines, uintptr_t span_starts, uintptr_t span_ends,
-         uintptr_t cu_spans, int64_t max_steps, uintptr_t starts, uintptr_t ends, uintptr_t cu_steps, int num_threads) {
-        const capo::TokenTable table{size, pointer<const uint8_t>(data), pointer<const int64_t>(offsets),
-                                     pointer<const uint8_t>(flags)};
-        const capo::Delimiters delimiters{newlines, pointer<const int64_t>(span_starts),
-                                          pointer<const int64_t>(span_ends), pointer<const int64_t>(cu_spans)};
+      [](Address ids, bool ids_are_int64, Address cu_seqlens, int64_t num_responses, Address data, Address offsets,
+         Address flags, int64_t size, int64_t newlines, Address span_starts, Address span_ends, Address cu_spans,
+         int64_t max_steps, Address starts, Address ends, Address cu_steps, int num_threads) {
+        const TokenTable table{size, pointer<const uint8_t>(data), pointer<const int64_t>(offsets),
+                               pointer<const uint8_t>(flags)};
+        const Delimiters delimiters{newlines, pointer<const int64_t>(span_starts), pointer<const int64_t>(span_ends),
+                                    pointer<const int64_t>(cu_spans)};
         const auto run = [&](const auto* typed_ids) {
-          return capo::segment(typed_ids, pointer<const int64_t>(cu_seqlens), num_responses, table, delimiters,
-                               max_steps, num_threads, pointer<int64_t>(starts), pointer<int64_t>(ends),
-                               pointer<int64_t>(cu_steps));
+          return segment(typed_ids, pointer<const int64_t>(cu_seqlens), num_responses, table, delimiters, max_steps,
+                         num_threads, pointer<int64_t>(starts), pointer<int64_t>(ends), pointer<int64_t>(cu_steps));
         };
         return ids_are_int64 ? run(pointer<const int64_t>(ids)) : run(pointer<const int32_t>(ids));
       },
@@ -55,17 +53,16 @@ void bind_text(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of capo; called through capo.native";
-  bind_text(m);
   using release = py::call_guard<py::gil_scoped_release>;
 
   m.def("isa", [] { return row_kernels().isa; }, "Instruction set of the row kernels in use.");
 
   m.def(
       "credit",
-      [](Address outcomes, Address votes, Address starts, Address ends, Address cu_steps, Address cu_seqlens, Address groups,
-         Address advantages, int64_t responses, int64_t steps, int64_t votes_per_step, int64_t tokens, int vote,
-         double outcome_weight, double process_weight, int normalize, double std_floor, double clamp, int reward,
-         int num_threads) {
+      [](Address outcomes, Address votes, Address starts, Address ends, Address cu_steps, Address cu_seqlens,
+         Address groups, Address advantages, int64_t responses, int64_t steps, int64_t votes_per_step, int64_t tokens,
+         int vote, double outcome_weight, double process_weight, int normalize, double std_floor, double clamp,
+         int reward, int num_threads) {
         CreditArgs args;
         args.outcomes = pointer<const float>(outcomes);
         args.votes = pointer<const int8_t>(votes);
@@ -79,8 +76,9 @@ PYBIND11_MODULE(_native, m) {
         args.steps = steps;
         args.votes_per_step = votes_per_step;
         args.tokens = tokens;
-        args.rule = {static_cast<Vote>(vote), outcome_weight, process_weight, static_cast<Normalize>(normalize),
-                     std_floor, clamp, static_cast<Reward>(reward)};
+        args.rule = {static_cast<Vote>(vote),           outcome_weight, process_weight,
+                     static_cast<Normalize>(normalize), std_floor,      clamp,
+                     static_cast<Reward>(reward)};
         args.num_threads = num_threads;
         return credit(args);
       },
@@ -88,12 +86,12 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "policy_loss",
-      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, int dtype, int64_t rows, int64_t vocab,
-         int64_t responses, Address labels, Address advantages, Address old_logprobs, Address ref_logprobs,
-         Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low, float ratio_high, float clip_dual,
-         int ratio, int reduce, float constant, float kl_coef, int kl, float entropy_coef, float temperature, int objective,
-         float importance_cap, Address loss, Address logprobs_out, Address entropy, Address clip_fraction, Address kl_out,
-         int num_threads) {
+      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, int dtype, int64_t rows,
+         int64_t vocab, int64_t responses, Address labels, Address advantages, Address old_logprobs,
+         Address ref_logprobs, Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low,
+         float ratio_high, float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl,
+         float entropy_coef, float temperature, int objective, float importance_cap, Address loss, Address logprobs_out,
+         Address entropy, Address clip_fraction, Address kl_out, int num_threads) {
         PolicyLossArgs args;
         args.logits = pointer<const void>(logits);
         args.logits_stride = logits_stride;
@@ -110,9 +108,18 @@ PYBIND11_MODULE(_native, m) {
         args.rollout_logprobs = pointer<const float>(rollout_logprobs);
         args.mask = pointer<const bool>(mask);
         args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
-        args.rule = {ratio_low, ratio_high, clip_dual, static_cast<Ratio>(ratio), static_cast<Reduce>(reduce), constant,
-                     kl_coef, kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone, entropy_coef, temperature,
-                     static_cast<Objective>(objective), importance_cap};
+        args.rule = {ratio_low,
+                     ratio_high,
+                     clip_dual,
+                     static_cast<Ratio>(ratio),
+                     static_cast<Reduce>(reduce),
+                     constant,
+                     kl_coef,
+                     kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone,
+                     entropy_coef,
+                     temperature,
+                     static_cast<Objective>(objective),
+                     importance_cap};
         args.loss = pointer<float>(loss);
         args.logprobs = pointer<float>(logprobs_out);
         args.entropy = pointer<float>(entropy);
@@ -133,10 +140,5 @@ PYBIND11_MODULE(_native, m) {
       },
       release(), "Logits, labels -> log-probabilities and entropies; false if a label does not fit.");
 
-  m.def(
-      "scale",
-      [](Address values, int64_t stride, int dtype, int64_t rows, int64_t vocab, float factor, int num_threads) {
-        scale(pointer<void>(values), stride, static_cast<Dtype>(dtype), rows, vocab, factor, num_threads);
-      },
-      release(), "Values times a factor, in place.");
+  bind_text(m);
 }

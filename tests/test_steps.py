@@ -288,7 +288,10 @@ def test_llama3_ids_written_by_hand(llama3):
 # Delimiters.
 
 SIMPLE = TokenBytes(
-    [b"a", b"b", b"\n", b"\n\n", b".\n\n", b"##", b"#", b" ", b"\r\n", b"\xe7", b"\xad\x94", b"", b"Step 1", b"\xe7\xad\x94", b"", b""],
+    [
+        b"a", b"b", b"\n", b"\n\n", b".\n\n", b"##", b"#", b" ", b"\r\n", b"\xe7", b"\xad\x94", b"",
+        b"Step 1", b"\xe7\xad\x94", b"", b"",
+    ],
     special_ids=[15],
     eos_ids=[14],
 )  # fmt: skip
@@ -354,6 +357,31 @@ def test_tokens_without_bytes_stay_with_the_token_before():
     check(SIMPLE, [a, pad, nothing, b], "0.11")
 
 
+@pytest.mark.parametrize(
+    "char", ["\x80", "\u00e9", "\u07ff", "\u0800", "答", "\uffff", "\U00010000", "\U0010ffff"], ids=ascii
+)
+def test_no_step_begins_inside_a_character(char):
+    """A character begun in the token that also holds the delimiter: its other bytes cannot begin the step."""
+    encoded = char.encode()
+    for cut in range(1, len(encoded)):
+        rest = [bytes([byte]) for byte in encoded[cut:]]
+        tokens = [b"a", b".\n\n" + encoded[:cut], *rest, b"b", b"", b"\x80"]
+        table = TokenBytes(tokens)
+        last = 2 + len(rest)
+        for delimiter in ("\n\n", re.compile("\n+")):
+            check(table, list(range(last + 1)), "00" + "0" * len(rest) + "1", delimiter)
+            # A token without bytes is not in the way, and one continuation byte too many is text like any other.
+            with_gap = [0, 1, last + 1, *range(2, last + 1)]
+            check(table, with_gap, "000" + "0" * len(rest) + "1", delimiter)
+            check(table, [*range(last), last + 2, last], "00" + "0" * len(rest) + "11", delimiter)
+
+
+@pytest.mark.parametrize("lead", [0x41, 0x7F, 0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF], ids=hex)
+def test_what_begins_no_character_does_not_hold_the_bytes_after_it(lead):
+    table = TokenBytes([b"a", b".\n\n" + bytes([lead]), b"\x80", b"b"])
+    check(table, [0, 1, 2, 3], "0011")
+
+
 def test_step_cap_merges_the_rest_into_the_last_step():
     ids = ids_of(SIMPLE, ["a", "\n\n", "b", "\n\n", "a", ".\n\n", "b", EOS])
     check(SIMPLE, ids, "01122233", max_steps=None)
@@ -370,7 +398,8 @@ def test_step_cap_merges_the_rest_into_the_last_step():
 
 pieces = st.one_of(
     st.sampled_from([b"\n", b"\r", b"\n\n", b"\r\n", b".\n\n", b"a", b"b", b" ", b"#", b"##", b"", b"\n#"]),
-    st.sampled_from([b"\xe7", b"\xad\x94", b"\xf0\x9f", b"\x99", b"\x82b", b"\x80", b"\xc3", b".\n\n\xf0", b"\xe7\xad\x94", b"\xff"]),
+    st.sampled_from([b"\xe7", b"\xad\x94", b"\xf0\x9f", b"\x99", b"\x82b", b"\x80", b"\xc3", b"\xff"]),
+    st.sampled_from([b".\n\n\xf0", b".\n\n\xf0\x9f\x99", b"\x82", b"\xe7\xad\x94"]),
     st.binary(max_size=5),
 )  # fmt: skip
 DELIMITERS = [
@@ -401,70 +430,16 @@ def inside_character(text: bytes, position: int) -> bool:
     return False
 
 
-@settings(max_examples=600, deadline=None)
-@given(problems())
-def test_native_equals_reference_bit_for_bit(problem):
-    table, responses, delimiter, max_steps = problem
-    for dtype in (torch.int32, torch.int64):
-        ids, cu = batch(*responses, dtype=dtype)
-        actual = segment(ids, cu.to(dtype), table, delimiter, max_steps=max_steps)
-        assert ranges(actual) == ranges(reference(ids, cu, table, delimiter, max_steps))
-
-
-@settings(max_examples=300, deadline=None)
-@given(problems())
-def test_steps_partition_the_response(problem):
-    table, responses, delimiter, max_steps = problem
-    ids, cu = batch(*responses)
-    steps = segment(ids, cu, table, delimiter, max_steps=max_steps)
-    starts, ends, cu_steps = ranges(steps)
-    assert len(cu_steps) == len(responses) + 1 and cu_steps[-1] == len(starts)
-    for i, tokens in enumerate(responses):
-        first, last = cu[i].item(), cu[i + 1].item()
-        mine = list(zip(starts[cu_steps[i] : cu_steps[i + 1]], ends[cu_steps[i] : cu_steps[i + 1]], strict=True))
-        assert max_steps is None or len(mine) <= max_steps
-        edges = [edge for step in mine for edge in step]
-        assert edges == sorted(edges) and all(start < end for start, end in mine)
-        assert all(first <= edge <= last for edge in edges)
-        text = table.join(tokens)
-        assert text == b"".join(table[id_] for id_ in tokens)
-        covered = {token for start, end in mine for token in range(start, end)}
-        for start, end in mine:
-            own = tokens[start - first : end - first]
-            assert table.join(own).strip(b" \t\n\v\f\r")
-            specials = [position for position, id_ in enumerate(own) if table.special[id_]]
-            assert specials in ([], [len(own) - 1]) and all(table.eos[own[p]] for p in specials)
-            after_special = start == first or table.special[tokens[start - first - 1]]
-            assert after_special or not inside_character(text, len(table.join(tokens[: start - first])))
-        if max_steps is None:
-            # What has no step is special, or lies between special tokens with nothing but blanks and delimiters.
-            rest = [id_ for t, id_ in enumerate(tokens, first) if t not in covered and not table.special[id_]]
-            left = table.join(rest)
-            if delimiter in ("\n\n", "\n", "\n\n\n"):
-                assert not left.strip(b" \t\n\v\f\r")
-
-
-@settings(max_examples=100, deadline=None)
-@given(problems())
-def test_a_batch_is_each_response_alone(problem):
-    table, responses, delimiter, max_steps = problem
-    together = segment(*batch(*responses), table, delimiter, max_steps=max_steps)
-    first_token = 0
-    for i, tokens in enumerate(responses):
-        alone = segment(*batch(tokens), table, delimiter, max_steps=max_steps)
-        mine = slice(together.cu_steps[i], together.cu_steps[i + 1])
-        assert torch.equal(together.starts[mine], alone.starts + first_token)
-        assert torch.equal(together.ends[mine], alone.ends + first_token)
-        first_token += len(tokens)
+QWEN_LINE_ENDS_AND_EOS = [198, 271, 382, 1406, 26809, 319, 151645, 151643]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from([198, 271, 382, 1406, 26809, 319, 151645, 151643]), st.integers(0, 151935)), max_size=60))  # fmt: skip
+@given(st.lists(st.sampled_from(QWEN_LINE_ENDS_AND_EOS) | st.integers(0, 151935), max_size=60))
 def test_random_ids_of_a_real_vocabulary(qwen, ids):
     packed = batch(ids)
     assert ranges(segment(*packed, qwen)) == ranges(reference(*packed, qwen))
     texts = step_texts(packed[0], segment(*packed, qwen), qwen)[0]
-    assert all(text.strip() for text in texts)
+    assert all(text.strip(" \t\n\v\f\r") for text in texts)
 
 
 def test_text_split_by_hand_has_the_same_steps(qwen):
@@ -570,6 +545,12 @@ def test_unknown_ids_are_named_with_their_position(wrong, dtype, delimiter):
     assert len(segment(*batch([0, 1], dtype=dtype), SIMPLE, delimiter).starts) == 1
 
 
+def test_ids_are_not_cut_to_32_bits():
+    for wrong in (2**32, 2**40 + 1, -(2**63)):
+        with pytest.raises(ValueError, match=rf"token_ids\[1\] is {wrong}"):
+            segment(*batch([0, wrong]), SIMPLE)
+
+
 def test_the_first_unknown_id_is_named_whatever_the_threads():
     ids, cu = random_batch(3000, 400)
     places = [900_001, 400_003, 1_000_000]
@@ -662,9 +643,9 @@ def test_long_responses_take_linear_time(pieces, delimiter):
     ids = (pattern * 100_000)[:100_000]
     packed = batch(ids)
     for run in (segment, reference):
-        begin = time.perf_counter()
+        begin = time.process_time()  # what else runs does not count
         steps = run(*packed, SIMPLE, delimiter)
-        assert time.perf_counter() - begin < 1.0
+        assert time.process_time() - begin < 1.0
     if pieces == ["a", "\n\n"] and delimiter != "##":
         assert len(steps.starts) == 50_000  # the last separator joins the step before it
         capped = segment(*packed, SIMPLE, delimiter, max_steps=200)

@@ -8,8 +8,9 @@
 
 namespace capo {
 
-// Calls body(first, last) on pieces of [0, count) of at most `grain` items, on up to `num_threads` threads. Which thread takes
-// which piece varies from run to run, so body must write only what belongs to its own items. body must not throw.
+// Calls body(first, last) on pieces of [0, count) of at most `grain` items, on up to `num_threads` threads. Which
+// thread takes which piece varies from run to run, so body must write only what belongs to its own items. body must not
+// throw.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, int num_threads, const Body& body) {
   grain = std::max<int64_t>(grain, 1);

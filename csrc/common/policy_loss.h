@@ -13,14 +13,14 @@ enum class Objective : int { kClip, kCispo };
 
 // LossRule of capo/losses.py; bounds instead of widths, infinity for "off".
 struct LossRule {
-  float ratio_low;       // 1 - clip_low
-  float ratio_high;      // 1 + clip_high
-  float clip_dual;       // or infinity
+  float ratio_low;   // 1 - clip_low
+  float ratio_high;  // 1 + clip_high
+  float clip_dual;   // or infinity
   Ratio ratio;
   Reduce reduce;
   float constant;
   float kl_coef;
-  Kl kl;                 // kNone if kl_coef is 0
+  Kl kl;  // kNone if kl_coef is 0
   float entropy_coef;
   float temperature;
   Objective objective;
@@ -46,7 +46,9 @@ struct TokenTerms {
   bool clipped;
 };
 
-CAPO_HD float limited(float x) { return x > kLogRatioLimit ? kLogRatioLimit : (x < -kLogRatioLimit ? -kLogRatioLimit : x); }
+CAPO_HD float limited(float x) {
+  return x > kLogRatioLimit ? kLogRatioLimit : (x < -kLogRatioLimit ? -kLogRatioLimit : x);
+}
 
 CAPO_HD TokenTerms token_terms(const TokenInput& t, const LossRule& rule) {
   TokenTerms out = {0.f, 0.f, 0.f, 0.f, false};

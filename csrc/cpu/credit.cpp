@@ -1,4 +1,5 @@
-// Group statistics need only the lengths and weights of the steps: O(M) in float64; the token pass writes runs of equal values.
+// Group statistics need only the lengths and weights of the steps: O(M) in float64; the token pass writes runs of equal
+// values.
 #include "cpu/credit.h"
 
 #include <algorithm>
@@ -43,7 +44,8 @@ struct Moments {
 
 class Pass {
  public:
-  explicit Pass(const CreditArgs& a) : args(a), rule(a.rule), weights(a.steps), offset(a.responses), factor(a.responses) {}
+  explicit Pass(const CreditArgs& a)
+      : args(a), rule(a.rule), weights(a.steps), offset(a.responses), factor(a.responses) {}
 
   void run() {
     parallel_for(args.steps, 4096, args.num_threads, [&](int64_t first, int64_t last) {
@@ -68,9 +70,9 @@ class Pass {
  private:
   const CreditArgs& args;
   const CreditRule& rule;
-  std::vector<double> weights;          // of each step
-  std::vector<double> offset, factor;   // of each response: advantage = (reward - offset) * factor
-  std::vector<int64_t> members;         // of the group at work
+  std::vector<double> weights;         // of each step
+  std::vector<double> offset, factor;  // of each response: advantage = (reward - offset) * factor
+  std::vector<int64_t> members;        // of the group at work
 
   int64_t length(int64_t i) const { return args.cu_seqlens[i + 1] - args.cu_seqlens[i]; }
   bool right(int64_t i) const { return args.outcomes[i] > 0.f; }

@@ -1,5 +1,6 @@
 #include "cpu/policy_loss.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -33,29 +34,42 @@ bool cumulative(const int64_t* values, int64_t count, int64_t total) {
   return true;
 }
 
+constexpr double kLn2 = 0.693147180559945309;
+
 // What is known of a row once its logits were read.
 struct Row {
   RowStats stats;
   float logp, entropy;
 };
 
-Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, float inverse_temperature) {
+float rate_of(float temperature) { return static_cast<float>(1.0 / (kLn2 * temperature)); }
+
+Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, float rate,
+             bool infinite) {
   const int type = static_cast<int>(dtype);
   Row result;
-  result.stats = kernels.stats[type](row, vocab, inverse_temperature);
-  const double log_sum = std::log(static_cast<double>(result.stats.sum));
-  const double shifted = static_cast<double>(kernels.load[type](row, label)) - result.stats.max;
-  result.logp = static_cast<float>(shifted * inverse_temperature - log_sum);
-  result.entropy = static_cast<float>(log_sum - result.stats.centred / static_cast<double>(result.stats.sum));
+  result.stats = kernels.stats[type](row, vocab, rate, label, infinite);
+  const double log_sum = std::log2(result.stats.sum);
+  const double at_label = static_cast<double>(kernels.load[type](row, label)) * rate - result.stats.offset;
+  result.logp = static_cast<float>(kLn2 * (at_label - log_sum));
+  result.entropy = static_cast<float>(kLn2 * (log_sum - result.stats.centred / result.stats.sum));
   return result;
 }
 
 class Pass {
  public:
   explicit Pass(const PolicyLossArgs& a)
-      : args(a), kernels(row_kernels()), type(static_cast<int>(a.dtype)), inverse_temperature(1.f / a.rule.temperature),
-        live(a.rows), response(a.rows), counts(a.responses), loss(a.rows), kl(a.rows), clipped(a.rows),
-        stream(false && a.grad != a.logits && a.rows * a.vocab * size_of(a.dtype) > kCache) {}
+      : args(a),
+        kernels(row_kernels()),
+        type(static_cast<int>(a.dtype)),
+        rate(rate_of(a.rule.temperature)),
+        live(a.rows),
+        response(a.rows),
+        counts(a.responses),
+        loss(a.rows),
+        kl(a.rows),
+        clipped(a.rows),
+        stream(a.grad != a.logits && a.rows * a.vocab * size_of(a.dtype) > kCache) {}
 
   void run() {
     find_live_rows();
@@ -73,7 +87,8 @@ class Pass {
   const PolicyLossArgs& args;
   const RowKernels& kernels;
   const int type;
-  const float inverse_temperature;
+  const float rate;
+  std::atomic<bool> infinite{false};  // whether rows with -inf were seen: others are likely to have some too
   std::vector<char> live;
   std::vector<int64_t> response;
   std::vector<int64_t> counts;  // unmasked tokens of each response
@@ -124,7 +139,9 @@ class Pass {
   }
 
   Row read(int64_t row) {
-    const Row result = read_row(kernels, logits(row), args.dtype, args.vocab, args.labels[row], inverse_temperature);
+    const Row result = read_row(kernels, logits(row), args.dtype, args.vocab, args.labels[row], rate,
+                                infinite.load(std::memory_order_relaxed));
+    if (result.stats.infinite) infinite.store(true, std::memory_order_relaxed);
     args.logprobs[row] = result.logp;
     args.entropy[row] = result.entropy;
     return result;
@@ -152,8 +169,8 @@ class Pass {
   }
 
   // g: d loss / d logp of the row. The derivative is that of capo.reference.policy_loss_gradient.
-  void write_grad(int64_t row, const Row& r, double g, const void* next) {
-    const double s = inverse_temperature, sum = r.stats.sum, mean = r.stats.centred / sum;
+  void write_grad(int64_t row, const Row& r, double g) {
+    const double s = 1.0 / args.rule.temperature, sum = r.stats.sum, mean = kLn2 * r.stats.centred / sum;
     const double h = -static_cast<double>(args.rule.entropy_coef) * weight(row);
     if (g == 0.0 && h == 0.0) {
       kernels.fill[type](grad(row), args.vocab, 0.f);
@@ -162,10 +179,11 @@ class Pass {
     const double p = std::exp(static_cast<double>(r.logp));
     const double centred_label = p > 0.0 ? r.logp + std::log(sum) - mean : 0.0;
     RowGrad how;
-    how.max = r.stats.max;
-    how.inverse_temperature = inverse_temperature;
+    how.rate = rate;
+    how.offset = r.stats.offset;
+    how.infinite = r.stats.infinite;
     how.alpha = static_cast<float>(s * (h * mean - g) / sum);
-    how.beta = static_cast<float>(-s * h / sum);
+    how.beta = static_cast<float>(-s * h * kLn2 / sum);
     how.label = args.labels[row];
     how.label_grad = static_cast<float>(s * (g * -std::expm1(static_cast<double>(r.logp)) - h * p * centred_label));
     how.stream = stream;
@@ -173,7 +191,7 @@ class Pass {
       kernels.fill[type](grad(row), args.vocab, std::numeric_limits<float>::quiet_NaN());
       return;
     }
-    kernels.grad[type](logits(row), grad(row), args.vocab, how, next);
+    kernels.grad[type](logits(row), grad(row), args.vocab, how);
   }
 
   int64_t grain() const { return std::clamp<int64_t>(args.rows / (8 * std::max(args.num_threads, 1)), 1, 8); }
@@ -189,8 +207,7 @@ class Pass {
         const Row r = read(row);
         const TokenTerms t = terms(row, r.logp, r.entropy, log_ratio(row, r.logp));
         if (args.grad == nullptr) continue;
-        const void* next = false && row + 1 < last && live[row + 1] ? logits(row + 1) : nullptr;
-        write_grad(row, r, (static_cast<double>(t.through_ratio) + t.through_logp) * weight(row), next);
+        write_grad(row, r, (static_cast<double>(t.through_ratio) + t.through_logp) * weight(row));
       }
     });
   }
@@ -214,8 +231,10 @@ class Pass {
         if (!live[row]) continue;
         const TokenTerms t = terms(row, rows[row].logp, rows[row].entropy, mean);
         g[row] = t.through_logp * weight(row);
-        if (args.rule.ratio == Ratio::kSequenceToken) g[row] += t.through_ratio * weight(row);
-        else through_ratio += t.through_ratio * weight(row);
+        if (args.rule.ratio == Ratio::kSequenceToken)
+          g[row] += t.through_ratio * weight(row);
+        else
+          through_ratio += t.through_ratio * weight(row);
       }
       if (args.rule.ratio == Ratio::kSequence)
         for (int64_t row = first; row < last; ++row)
@@ -224,8 +243,10 @@ class Pass {
     }
     parallel_for(args.rows, grain(), args.num_threads, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        if (!live[row]) clear(row);
-        else if (args.grad != nullptr) write_grad(row, rows[row], g[row], nullptr);
+        if (!live[row])
+          clear(row);
+        else if (args.grad != nullptr)
+          write_grad(row, rows[row], g[row]);
       }
     });
   }
@@ -252,7 +273,8 @@ class Pass {
   }
 };
 
-// Fresh memory is handed out by the kernel page by page at the first write; large pages make that several times cheaper.
+// Fresh memory is handed out by the kernel page by page at the first write; large pages make that several times
+// cheaper.
 void prefer_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -276,26 +298,19 @@ bool policy_loss(const PolicyLossArgs& args) {
 bool logprobs(const LogprobsArgs& args) {
   if (!labels_fit(args.labels, args.mask, args.rows, args.vocab)) return false;
   const RowKernels& kernels = row_kernels();
-  parallel_for(args.rows, 1, args.num_threads, [&](int64_t first, int64_t last) {
+  parallel_for(args.rows, 8, args.num_threads, [&](int64_t first, int64_t last) {
+    Row result{};
     for (int64_t row = first; row < last; ++row) {
-      Row result{};
+      const bool infinite = result.stats.infinite;
+      result = {};
       if (args.mask == nullptr || args.mask[row])
         result = read_row(kernels, row_at(args.logits, row, args.logits_stride, args.dtype), args.dtype, args.vocab,
-                          args.labels[row], 1.f / args.temperature);
+                          args.labels[row], rate_of(args.temperature), infinite);
       args.logprobs[row] = result.logp;
       args.entropy[row] = result.entropy;
     }
   });
   return true;
-}
-
-void scale(void* values, int64_t stride, Dtype dtype, int64_t rows, int64_t vocab, float factor, int num_threads) {
-  if (factor == 1.f) return;
-  const RowKernels& kernels = row_kernels();
-  parallel_for(rows, 1, num_threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-      kernels.scale[static_cast<int>(dtype)](row_at(values, row, stride, dtype), vocab, factor);
-  });
 }
 
 }  // namespace capo

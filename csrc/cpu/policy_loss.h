@@ -8,25 +8,25 @@
 namespace capo {
 
 struct PolicyLossArgs {
-  const void* logits;           // [N, V]
+  const void* logits;  // [N, V]
   int64_t logits_stride;
-  void* grad;                   // [N, V], may be the logits; null: no gradient wanted
+  void* grad;  // [N, V], may be the logits; null: no gradient wanted
   int64_t grad_stride;
-  Dtype dtype;                  // of both
+  Dtype dtype;  // of both
   int64_t rows, vocab, responses;
-  const int64_t* labels;        // [N]
-  const float* advantages;      // [N]
-  const float* old_logprobs;    // [N] or null: on-policy
-  const float* ref_logprobs;    // [N] or null
+  const int64_t* labels;          // [N]
+  const float* advantages;        // [N]
+  const float* old_logprobs;      // [N] or null: on-policy
+  const float* ref_logprobs;      // [N] or null
   const float* rollout_logprobs;  // [N] or null
-  const bool* mask;             // [N] or null: all count
-  const int64_t* cu_seqlens;    // [B + 1]
+  const bool* mask;               // [N] or null: all count
+  const int64_t* cu_seqlens;      // [B + 1]
   LossRule rule;
-  float* loss;                  // [1]
-  float* logprobs;              // [N]
-  float* entropy;               // [N]
-  float* clip_fraction;         // [1]
-  float* kl;                    // [1]
+  float* loss;           // [1]
+  float* logprobs;       // [N]
+  float* entropy;        // [N]
+  float* clip_fraction;  // [1]
+  float* kl;             // [1]
   int num_threads;
 };
 
@@ -47,8 +47,5 @@ struct LogprobsArgs {
 };
 
 bool logprobs(const LogprobsArgs& args);
-
-// values [N, V] times factor, in place; returns at once for factor 1.
-void scale(void* values, int64_t stride, Dtype dtype, int64_t rows, int64_t vocab, float factor, int num_threads);
 
 }  // namespace capo

@@ -8,32 +8,34 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// What one pass over a row of logits gives, with z the logits, m their maximum and s the inverse temperature:
+// What one pass over a row of logits z gives. Exponents are t = z * rate - offset, in float32, where rate is log2(e) /
+// temperature; the offset is near the largest z * rate, which keeps the powers of two in range.
 struct RowStats {
-  float max;      // m
-  float sum;      // sum of e^(s (z - m))
-  float centred;  // sum of e^(s (z - m)) * s (z - m); 0 if not asked for
+  float offset;
+  double sum;      // of 2^t; NaN if the row has NaN, +inf, or nothing but -inf
+  double centred;  // of 2^t * t
+  bool infinite;   // the row has -inf
 };
 
-// The gradient of a row: alpha * e + beta * e * d with d = s (z - m), e = e^d; the label's entry is given.
+// The gradient of a row: 2^t * (alpha + beta * t); the label's entry is given.
 struct RowGrad {
-  float max;
-  float inverse_temperature;
+  float rate;
+  float offset;
   float alpha;
   float beta;
   int64_t label;
   float label_grad;
+  bool infinite;
   bool stream;  // the gradient will not be read soon: write it past the caches
 };
 
 struct RowKernels {
   const char* isa;
-  // Indexed by Dtype. The vocabulary is `size` elements long.
-  RowStats (*stats[3])(const void* row, int64_t size, float inverse_temperature);
-  // `next`: a row that will be read soon, fetched into the cache meanwhile, or null.
-  void (*grad[3])(const void* row, void* grad, int64_t size, const RowGrad& how, const void* next);
+  // Indexed by Dtype. A row is `size` elements long. `infinite`: a guess whether the row has -inf, right or wrong alike
+  // in its result.
+  RowStats (*stats[3])(const void* row, int64_t size, float rate, int64_t label, bool infinite);
+  void (*grad[3])(const void* row, void* grad, int64_t size, const RowGrad& how);
   void (*fill[3])(void* grad, int64_t size, float value);
-  void (*scale[3])(void* values, int64_t size, float factor);
   float (*load[3])(const void* row, int64_t index);
 };
 

@@ -156,7 +156,7 @@ class Walk {
         const int64_t position = spans.position + i;
         for (; spans.next < spans.count && spans.starts[spans.next] <= position; ++spans.next) {
           delimiter(i == 0 && !begins_in_character(token, flags) ? token : -1);
-          spans.inside_until = std::max(spans.inside_until, spans.ends[spans.next]);
+          spans.inside_until = spans.ends[spans.next];
         }
         if (position >= spans.inside_until && !is_blank(table_.data[begin + i])) content();
       }

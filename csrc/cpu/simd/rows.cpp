@@ -1,6 +1,8 @@
-// Row kernels: one pass for the statistics of a row of logits, one for its gradient while the row is still in the cache.
+// Row kernels: one pass for the statistics of a row of logits, one for its gradient while the row is still in the
+// cache.
 #include "cpu/rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,172 +12,165 @@ namespace capo::CAPO_ISA {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2e = 1.44269504088896341f;
-// Below e^-80 of the largest term nothing changes a float32 sum; the limit keeps exponents in range and -inf out of products.
-constexpr float kLowest = -80.f;
+constexpr int64_t kPair = 2 * kLanes;
+constexpr int64_t kLine = 64;  // bytes in a cache line
 
-// Elements summed before their partial sums are added to the row's: short runs keep float32 rounding small.
-constexpr int64_t kTile = 2048;
+// Elements summed in float32 before their sums go on in float64.
+constexpr int64_t kTile = 256 * kPair;
 
+// Degree of the polynomial for gradients of this type: its error stays well below the rounding to that type.
 template <typename T>
-struct Exp {  // for the sum: float32 accuracy
-  static vf sum(vf d) { return exp2<5>(d * kLog2e); }
-  static vf grad(vf d) { return exp2<4>(d * kLog2e); }  // its result is rounded to 16 bits
-};
+constexpr int kGradDegree = 5;
 template <>
-struct Exp<float> {
-  static vf sum(vf d) { return exp(d); }
-  static vf grad(vf d) { return exp(d); }
-};
+constexpr int kGradDegree<bf16> = 3;
 template <>
-struct Exp<bf16> : Exp<void> {
-  static vf grad(vf d) { return exp2<3>(d * kLog2e); }  // 8 bits remain
-};
+constexpr int kGradDegree<fp16> = 4;
 
-// The last, incomplete vector of a row, padded with -inf, which adds nothing to any sum.
+// The last, incomplete pair of vectors of a row, padded with -inf.
 template <typename T>
-vf load_tail(const T* p, int64_t count) {
-  float lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? load_one(p + i) : -kInfinity;
-  return load(lanes);
-}
-
-struct Sums {
-  vf sum, centred;
-};
-
-// Sums over `count` elements against the maximum m; four independent chains hide the latency of the additions.
-template <typename T>
-Sums tile_sums(const T* z, int64_t count, float m, float s) {
-  constexpr int kChains = 4;
-  vf sum[kChains], centred[kChains];
-  for (int c = 0; c < kChains; ++c) sum[c] = centred[c] = splat(0.f);
-  const vf lowest = splat(kLowest);
-  const auto add = [&](vf x, int c) {
-    const vf d = max(lowest, (x - m) * s);  // this order keeps NaN
-    const vf e = Exp<T>::sum(d);
-    sum[c] += e;
-    centred[c] += e * d;
-  };
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= count; i += kChains * kLanes)
-    for (int c = 0; c < kChains; ++c) add(load(z + i + c * kLanes), c);
-  for (; i + kLanes <= count; i += kLanes) add(load(z + i), 0);
-  if (i < count) add(load_tail(z + i, count - i), 0);
-  return {(sum[0] + sum[1]) + (sum[2] + sum[3]), (centred[0] + centred[1]) + (centred[2] + centred[3])};
+void load_part(const T* p, int64_t count, vf& a, vf& b) {
+  T elements[kPair];
+  for (int i = 0; i < kPair; ++i) {
+    if (i < count)
+      elements[i] = p[i];
+    else
+      store_one(elements + i, -kInfinity);
+  }
+  load_pair(elements, a, b);
 }
 
 template <typename T>
-float tile_max(const T* z, int64_t count) {
-  constexpr int kChains = 4;
-  vf best[kChains];
-  for (int c = 0; c < kChains; ++c) best[c] = splat(-kInfinity);
+void store_part(T* p, int64_t count, vf a, vf b) {
+  T elements[kPair];
+  store_pair(elements, a, b, false);
+  std::memcpy(p, elements, count * sizeof(T));
+}
+
+template <typename T>
+float max_of(const T* z, int64_t size) {
+  vf best[4];
+  for (vf& x : best) x = splat(-kInfinity);
+  vf a, b;
   int64_t i = 0;
-  for (; i + kChains * kLanes <= count; i += kChains * kLanes)
-    for (int c = 0; c < kChains; ++c) best[c] = max(load(z + i + c * kLanes), best[c]);  // this order drops NaN
-  for (; i + kLanes <= count; i += kLanes) best[0] = max(load(z + i), best[0]);
-  if (i < count) best[0] = max(load_tail(z + i, count - i), best[0]);
+  for (; i + 2 * kPair <= size; i += 2 * kPair)
+    for (int c = 0; c < 2; ++c) {
+      load_pair(z + i + c * kPair, a, b);
+      best[2 * c] = max(a, best[2 * c]);  // this order drops NaN
+      best[2 * c + 1] = max(b, best[2 * c + 1]);
+    }
+  for (; i < size; i += kPair) {
+    load_part(z + i, size - i, a, b);
+    best[0] = max(max(a, best[0]), max(b, best[0]));
+  }
   return horizontal_max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-template <typename T>
-bool has_nan(const T* z, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    if (std::isnan(load_one(z + i))) return true;
-  return false;
-}
-
-template <typename T>
-RowStats stats(const void* row, int64_t size, float s) {
-  const T* z = static_cast<const T*>(row);
-  float m = -kInfinity;
-  vf sum = splat(0.f), centred = splat(0.f);
+// Sums over a row for a given offset. kInfinite: exponents are held in range, which changes nothing for finite ones.
+template <typename T, bool kInfinite>
+RowStats sums(const T* z, int64_t size, float rate, float offset) {
+  constexpr int kChains = 4;  // hide the latency of the additions
+  const Exp2<5> exp2;
+  RowStats result = {offset, 0.0, 0.0, kInfinite};
   for (int64_t first = 0; first < size; first += kTile) {
-    const int64_t count = size - first < kTile ? size - first : kTile;
-    const float tile = tile_max(z + first, count);
-    if (tile > m) {
-      if (m != -kInfinity) {  // what was summed against the old maximum is rescaled to the new one
-        const float shift = (m - tile) * s;
-        const float factor = std::exp(shift);
-        centred = factor == 0.f ? splat(0.f) : (centred + sum * shift) * factor;
-        sum = sum * factor;
+    const int64_t last = size - first < kTile ? size : first + kTile;
+    vf sum[kChains], centred[kChains];
+    for (int c = 0; c < kChains; ++c) sum[c] = centred[c] = splat(0.f);
+    const auto add = [&](vf t, int c) {
+      const vf e = exp2(t);
+      sum[c] += e;
+      centred[c] += e * t;
+    };
+    const auto exponent = [&](vf x) {
+      const vf t = x * rate - offset;
+      return kInfinite || !kAnyExponent ? held(t) : t;
+    };
+    vf a, b;
+    int64_t i = first;
+    for (; i + 2 * kPair <= last; i += 2 * kPair)
+      for (int c = 0; c < kChains; c += 2) {
+        load_pair(z + i + c * kLanes, a, b);
+        add(exponent(a), c);
+        add(exponent(b), c + 1);
       }
-      m = tile;
-    } else if (m == -kInfinity) {  // nothing but -inf so far, or NaN
-      if (has_nan(z + first, count)) return {m, std::nanf(""), std::nanf("")};
-      continue;
+    for (; i < last; i += kPair) {
+      load_part(z + i, last - i, a, b);
+      add(held(a * rate - offset), 0);
+      add(held(b * rate - offset), 1);
     }
-    const Sums part = tile_sums(z + first, count, m, s);
-    sum += part.sum;
-    centred += part.centred;
+    result.sum += horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    result.centred += horizontal_sum((centred[0] + centred[1]) + (centred[2] + centred[3]));
   }
-  return {m, static_cast<float>(horizontal_sum(sum)), static_cast<float>(horizontal_sum(centred))};
+  return result;
 }
 
 template <typename T>
-void stream_or_store(T* p, vf low, vf high, bool stream) {
-#if defined(__AVX512F__)
-  if (stream) {
-    if constexpr (sizeof(T) == 4) {
-      _mm512_stream_ps(reinterpret_cast<float*>(p), bit_cast<__m512>(low));
-      _mm512_stream_ps(reinterpret_cast<float*>(p) + kLanes, bit_cast<__m512>(high));
-    } else {
-      alignas(64) T both[2 * kLanes];
-      store(both, low);
-      store(both + kLanes, high);
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(both));
-    }
-    return;
+RowStats sums(const T* z, int64_t size, float rate, float offset, bool infinite) {
+  if (!infinite) {
+    const RowStats result = sums<T, false>(z, size, rate, offset);
+    if (!std::isnan(result.sum + result.centred)) return result;
   }
-#elif defined(__AVX2__)
-  if (stream) {
-    alignas(32) T both[2 * kLanes];
-    store(both, low);
-    store(both + kLanes, high);
-    for (size_t i = 0; i < sizeof(both) / 32; ++i)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, _mm256_load_si256(reinterpret_cast<__m256i*>(both) + i));
-    return;
-  }
-#else
-  (void)stream;
-#endif
-  store(p, low);
-  store(p + kLanes, high);
+  return sums<T, true>(z, size, rate, offset);
 }
 
-template <typename T, bool kCentred>
-void grad_row(const T* z, T* out, int64_t size, const RowGrad& how, const T* next) {
-  const vf m = splat(how.max), s = splat(how.inverse_temperature), lowest = splat(kLowest);
+template <typename T>
+RowStats stats(const void* row, int64_t size, float rate, int64_t label, bool infinite) {
+  const T* z = static_cast<const T*>(row);
+  // The largest of a few and the label, which was sampled, is as good as the largest of all unless the sum says
+  // otherwise.
+  constexpr int64_t kFew = 1024;
+  float top = max_of(z, size < kFew ? size : kFew);
+  const float at_label = load_one(z + label);
+  if (at_label > top) top = at_label;
+  if (std::isfinite(top)) {
+    const RowStats result = sums(z, size, rate, top * rate, infinite);
+    if (result.sum > 0.0 && result.sum < 0x1p24) return result;
+  }
+  top = max_of(z, size);
+  if (top == -kInfinity) return {top, std::nan(""), std::nan(""), true};
+  return sums(z, size, rate, top * rate, infinite);
+}
+
+template <typename T, bool kInfinite, bool kCentred>
+void grad_row(const T* z, T* out, int64_t size, const RowGrad& how) {
+  const Exp2<kGradDegree<T>> exp2(kCentred ? 1.f : how.alpha);
   const auto grad = [&](vf x) {
-    const vf d = (x - m) * s;
-    const vf held = max(lowest, d);
-    const vf e = Exp<T>::grad(held);
-    vf factor = splat(how.alpha);
-    if constexpr (kCentred) factor = factor + held * how.beta;
-    return d < lowest ? splat(0.f) : e * factor;
+    const vf t = x * how.rate - how.offset;
+    const vf inside = kInfinite || !kAnyExponent ? held(t) : t;  // what becomes of padding is not stored
+    vf g = exp2(inside);
+    if constexpr (kCentred) g = g * (inside * how.beta + how.alpha);
+    if constexpr (!kAnyExponent) g = t < kLowestExponent ? splat(0.f) : g;
+    return g;
   };
-  const auto one = [&](int64_t i) {
-    float lanes[kLanes];
-    store(lanes, grad(splat(load_one(z + i))));
-    store_one(out + i, lanes[0]);
+  const auto part = [&](int64_t i, int64_t count) {
+    vf a, b;
+    load_part(z + i, count, a, b);
+    store_part(out + i, count, grad(a), grad(b));
   };
-  constexpr int64_t kStride = 2 * kLanes;
-  constexpr size_t kLine = 64;
   int64_t i = 0;
-  if (how.stream)  // streaming stores need aligned addresses
-    for (; i < size && reinterpret_cast<uintptr_t>(out + i) % kLine != 0; ++i) one(i);
-  for (; i + kStride <= size; i += kStride) {
-    if (next != nullptr) __builtin_prefetch(reinterpret_cast<const char*>(next + i), 0, 2);
-    stream_or_store(out + i, grad(load(z + i)), grad(load(z + i + kLanes)), how.stream);
+  if (how.stream) {  // whole cache lines only
+    const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kLine);
+    const int64_t head = beyond == 0 ? 0 : std::min(size, (kLine - beyond) / static_cast<int64_t>(sizeof(T)));
+    for (; i < head; i += kPair) part(i, std::min(head - i, kPair));
+    i = head;
   }
-  for (; i < size; ++i) one(i);
+  for (; i + kPair <= size; i += kPair) {
+    vf a, b;
+    load_pair(z + i, a, b);
+    store_pair(out + i, grad(a), grad(b), how.stream);
+  }
+  if (i < size) part(i, size - i);
   store_one(out + how.label, how.label_grad);
+#if defined(__x86_64__)
+  if (how.stream) _mm_sfence();
+#endif
 }
 
 template <typename T>
-void grad(const void* row, void* out, int64_t size, const RowGrad& how, const void* next) {
-  const auto run = how.beta != 0.f ? grad_row<T, true> : grad_row<T, false>;
-  run(static_cast<const T*>(row), static_cast<T*>(out), size, how, static_cast<const T*>(next));
+void grad(const void* row, void* out, int64_t size, const RowGrad& how) {
+  const bool centred = how.beta != 0.f;
+  const auto run = how.infinite ? (centred ? grad_row<T, true, true> : grad_row<T, true, false>)
+                                : (centred ? grad_row<T, false, true> : grad_row<T, false, false>);
+  run(static_cast<const T*>(row), static_cast<T*>(out), size, how);
 }
 
 template <typename T>
@@ -186,14 +181,6 @@ void fill(void* out, int64_t size, float value) {
     return;
   }
   for (int64_t i = 0; i < size; ++i) store_one(p + i, value);
-}
-
-template <typename T>
-void scale(void* values, int64_t size, float factor) {
-  T* p = static_cast<T*>(values);
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(p + i, load(p + i) * factor);
-  for (; i < size; ++i) store_one(p + i, load_one(p + i) * factor);
 }
 
 template <typename T>
@@ -210,7 +197,6 @@ const RowKernels kRowKernels = {CAPO_NAME(CAPO_ISA),
                                 {stats<float>, stats<bf16>, stats<fp16>},
                                 {grad<float>, grad<bf16>, grad<fp16>},
                                 {fill<float>, fill<bf16>, fill<fp16>},
-                                {scale<float>, scale<bf16>, scale<fp16>},
                                 {load_at<float>, load_at<bf16>, load_at<fp16>}};
 
 }  // namespace capo::CAPO_ISA

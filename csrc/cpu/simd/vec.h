@@ -1,4 +1,5 @@
-// One vector of floats, as wide as the instruction set this file is compiled for. Everything a row kernel needs and no more.
+// One vector of floats, as wide as the instruction set this file is compiled for. Everything a row kernel needs and no
+// more.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -23,8 +24,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Vector extensions of GCC and Clang give arithmetic, comparison and selection on every machine; intrinsics below stand only
-// where a compiler does not find the instruction by itself.
+// Vector extensions of GCC and Clang give arithmetic, comparison and selection on every machine; intrinsics below stand
+// only where a compiler does not find the instruction by itself.
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
@@ -87,42 +88,43 @@ inline double horizontal_sum(vf x) {
   return result;
 }
 
-// ---- loads and stores, one vector from any address
+// ---- two vectors at a time. Element i of memory is in lane i / 2 of the even or odd vector for bf16, where that
+// spares the unpacking; otherwise the first vector holds the first kLanes elements. Sums do not care and stores undo
+// it.
 
-inline vf load(const float* p) {
-  vf x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+inline void load_pair(const float* p, vf& a, vf& b) {
+  std::memcpy(&a, p, sizeof(a));
+  std::memcpy(&b, p + kLanes, sizeof(b));
 }
 
-inline vu widen(const uint16_t* p) {
-  vh x;
-  std::memcpy(&x, p, sizeof(x));
-#if defined(__AVX512F__)
-  return bit_cast<vu>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(x)));
-#elif defined(__AVX2__)
-  return bit_cast<vu>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(x)));
-#else
-  return __builtin_convertvector(x, vu);
-#endif
+inline void load_pair(const bf16* p, vf& even, vf& odd) {
+  vu both;
+  std::memcpy(&both, p, sizeof(both));
+  even = bit_cast<vf>(both << 16);
+  odd = bit_cast<vf>(both & 0xffff0000u);
 }
 
-inline vf load(const bf16* p) { return bit_cast<vf>(widen(&p->bits) << 16); }
-
-inline vf load(const fp16* p) {
+inline vf load_half(const fp16* p) {
 #if defined(__AVX512F__)
   return bit_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return bit_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
   // The exponent is rebiased by a multiplication, which also normalises subnormal halves; infinity and NaN are patched.
-  const vu h = widen(&p->bits);
+  vh x;
+  std::memcpy(&x, p, sizeof(x));
+  const vu h = __builtin_convertvector(x, vu);
   const vu magnitude = (h & 0x7fffu) << 13;
   const vf value = bit_cast<vf>(magnitude) * 0x1p112f;
   const vu special = bit_cast<vu>((vi)(magnitude >= (0x7c00u << 13)));
   const vu bits = (special & (magnitude | 0x7f800000u)) | (~special & bit_cast<vu>(value));
   return bit_cast<vf>(bits | ((h & 0x8000u) << 16));
 #endif
+}
+
+inline void load_pair(const fp16* p, vf& a, vf& b) {
+  a = load_half(p);
+  b = load_half(p + kLanes);
 }
 
 inline float load_one(const float* p) { return *p; }
@@ -134,17 +136,27 @@ inline float load_one(const fp16* p) {
   return bit_cast<float>(bits | (p->bits & 0x8000u) << 16);
 }
 
-inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof(x)); }
-
-// Round to nearest, ties to even. A NaN would need care: gradients of rows with NaN are written as a constant instead.
-inline vh to_bf16_bits(vf x) {
-  const vu u = bit_cast<vu>(x);
-  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+// Writes whole vectors, past the caches if asked to; the address is then a multiple of the vector's size.
+template <typename Vector>
+inline void put(void* p, const Vector& x, [[maybe_unused]] bool stream) {
 #if defined(__AVX512F__)
-  return bit_cast<vh>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(rounded)));
-#else
-  return __builtin_convertvector(rounded, vh);
+  if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(x));
+#elif defined(__AVX2__)
+  if (stream) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(x));
 #endif
+  std::memcpy(p, &x, sizeof(x));
+}
+
+inline void store_pair(float* p, vf a, vf b, bool stream) {
+  put(p, a, stream);
+  put(p + kLanes, b, stream);
+}
+
+// Round to nearest, ties away from zero. Finite values only: a row with NaN is filled with a constant instead.
+inline void store_pair(bf16* p, vf even, vf odd, bool stream) {
+  const vu low = (bit_cast<vu>(even) + 0x8000u) >> 16;
+  const vu high = (bit_cast<vu>(odd) + 0x8000u) & 0xffff0000u;
+  put(p, low | high, stream);
 }
 
 inline uint16_t to_fp16_bits(float x) {
@@ -160,72 +172,76 @@ inline uint16_t to_fp16_bits(float x) {
   return static_cast<uint16_t>(sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13));
 }
 
-inline void store(bf16* p, vf x) {
-  const vh bits = to_bf16_bits(x);
-  std::memcpy(p, &bits, sizeof(bits));
-}
-
-inline void store(fp16* p, vf x) {
+inline void store_pair(fp16* p, vf a, vf b, bool stream) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const __m256i low = _mm512_cvtps_ph(bit_cast<__m512>(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i high = _mm512_cvtps_ph(bit_cast<__m512>(b), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  put(p, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), stream);
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+  const __m128i low = _mm256_cvtps_ph(bit_cast<__m256>(a), _MM_FROUND_TO_NEAREST_INT);
+  const __m128i high = _mm256_cvtps_ph(bit_cast<__m256>(b), _MM_FROUND_TO_NEAREST_INT);
+  put(p, _mm256_set_m128i(high, low), stream);
 #else
-  for (int i = 0; i < kLanes; ++i) p[i].bits = to_fp16_bits(x[i]);
+  (void)stream;
+  for (int i = 0; i < kLanes; ++i) {
+    p[i].bits = to_fp16_bits(a[i]);
+    p[kLanes + i].bits = to_fp16_bits(b[i]);
+  }
 #endif
 }
 
 inline void store_one(float* p, float x) { *p = x; }
 inline void store_one(bf16* p, float x) {
-  const uint32_t u = bit_cast<uint32_t>(x);
-  p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (bit_cast<uint32_t>(x) + 0x8000u) >> 16);
 }
 inline void store_one(fp16* p, float x) { p->bits = to_fp16_bits(x); }
 
-// ---- exponentials
+// ---- exponential
 
-// 2^x for x in [-126, 127], NaN for NaN. Relative error by degree: 3: 1.0e-4, 4: 2.8e-6, 5: 9e-8, before rounding.
-// Coefficients: least maximal relative error on [-1/2, 1/2] with constant term 1.
+// c0 + c1 f + ... with c0 2^f on [-1/2, 1/2]: least maximal relative error, which is 1.0e-4, 2.8e-6, 9e-8 for degree 3,
+// 4, 5.
 template <int kDegree>
-inline vf exp2(vf x) {
-  const vf n = round(x);
-  const vf f = x - n;
-  vf p;
-  if constexpr (kDegree == 3) {
-    p = splat(0.05500893294811249f);
-    p = p * f + 0.24221095442771912f;
-    p = p * f + 0.6932829022407532f;
-  } else if constexpr (kDegree == 4) {
-    p = splat(0.009582852944731712f);
-    p = p * f + 0.055906426161527634f;
-    p = p * f + 0.24024099111557007f;
-    p = p * f + 0.6931241750717163f;
-  } else {
-    static_assert(kDegree == 5);
-    p = splat(0.001326472731307149f);
-    p = p * f + 0.009671512991189957f;
-    p = p * f + 0.05550733581185341f;
-    p = p * f + 0.24022242426872253f;
-    p = p * f + 0.6931470036506653f;
-  }
-  p = p * f + 1.f;
-  return scale_by_power_of_two(p, n);
-}
+struct Exp2 {
+  vf c[kDegree + 1];
 
-// e^x for x in [-87, 88], NaN for NaN, to about one unit in the last place.
-inline vf exp(vf x) {
-  const vf n = round(x * 1.44269504088896341f);
-  vf f = x - n * 0.693359375f;       // ln 2 in two parts: the product with the first is exact
-  f = f + n * 2.12194440054690583e-4f;
-  vf p = splat(0.0013843653723597527f);
-  p = p * f + 0.00837415549904108f;
-  p = p * f + 0.04166800156235695f;
-  p = p * f + 0.16666431725025177f;
-  p = p * f + 0.4999999403953552f;
-  p = p * f + 1.f;
-  p = p * f + 1.f;
-  return scale_by_power_of_two(p, n);
+  explicit Exp2(float factor = 1.f) {
+    static_assert(kDegree >= 3 && kDegree <= 5);
+    constexpr float kThree[] = {1.f, 0.6932829022407532f, 0.24221095442771912f, 0.05500893294811249f};
+    constexpr float kFour[] = {1.f, 0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f,
+                               0.009582852944731712f};
+    constexpr float kFive[] = {1.f,
+                               0.6931470036506653f,
+                               0.24022242426872253f,
+                               0.05550733581185341f,
+                               0.009671512991189957f,
+                               0.001326472731307149f};
+    const float* table = kDegree == 3 ? kThree : kDegree == 4 ? kFour : kFive;
+    for (int i = 0; i <= kDegree; ++i) c[i] = splat(table[i] * factor);
+  }
+
+  // factor * 2^t for t in [-126, 127], NaN for NaN; with AVX-512 for any t but -inf, which gives NaN.
+  vf operator()(vf t) const {
+    const vf n = round(t);
+    const vf f = t - n;
+    vf p = c[kDegree];
+    for (int i = kDegree - 1; i >= 0; --i) p = p * f + c[i];
+    return scale_by_power_of_two(p, n);
+  }
+};
+
+// With AVX-512 any finite exponent may be given to Exp2; elsewhere exponents have to be held in range.
+#if defined(__AVX512F__)
+constexpr bool kAnyExponent = true;
+constexpr float kLowestExponent = -150.f;  // 2^-150 is 0 in float32
+#else
+constexpr bool kAnyExponent = false;
+constexpr float kLowestExponent = -126.f;
+#endif
+
+// The exponent in range, NaN for NaN.
+inline vf held(vf t) {
+  t = max(splat(kLowestExponent), t);
+  return kAnyExponent ? t : -max(splat(-127.f), -t);
 }
 
 }  // namespace capo::CAPO_ISA
