@@ -361,14 +361,15 @@ def test_small_chunks_and_scattered_groups_change_nothing_but_the_order(files, m
 def test_rows_refused_before_a_second_reading_are_listed_once(files, monkeypatch):
     monkeypatch.setattr(capo.score, "CHUNK_TOKENS", 1)
     first, second = singles(GOLDEN)
-    files.write([b"{\n", first, {"prompt": "q", "id": "c", "text": "x", "outcome": 1}, second],
-                [*GOLDEN_CRITIQUES, {"response_id": "c", "critiques": [{"flagged": [9]}]}])  # fmt: skip
+    others = [{"prompt": name, "id": name, "text": "x", "outcome": 1} for name in "cdefg"]
+    beyond = {"response_id": "c", "critiques": [{"flagged": [9]}]}
+    files.write([b"{\n", first, *others, second], [*GOLDEN_CRITIQUES, beyond])
     assert files.run().exit_code == 1
     assert [(bad["line"], Path(bad["file"]).name) for bad in files.rejected()] == [
         (1, "rollouts.jsonl"),
         (3, "critiques.jsonl"),
     ]
-    assert {k: v for k, v in advantages(files.rows()).items() if k != "c"} == GOLDEN_ADVANTAGES
+    assert {name: advantages(files.rows())[name] for name in "ab"} == GOLDEN_ADVANTAGES
 
 
 # ---- outcomes
