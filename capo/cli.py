@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -135,21 +136,23 @@ def _unescaped(text: str) -> str:
 
 @app.command()
 def train(
-    config: Path = typer.Argument(..., help="YAML file with the settings; examples/arithmetic/capo.yaml is one."),
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings that win over the file."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the resolved settings as YAML and stop."),
-    resume: bool = typer.Option(False, "--resume", help="Go on from the latest checkpoint in the output folder."),
+    config: Annotated[Path, typer.Argument(help="YAML file with the settings, such as examples/arithmetic/capo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all settings as YAML and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in the output.")] = False,
 ) -> None:
     """Train a policy with step-level credit, or with one of the rules it is compared with.
 
-    A first run, one or two minutes on a laptop's CPU: a tiny model learns chains of arithmetic, judged by a scripted
-    judge that errs on every fifth step.
+    A first run, a minute or two on a CPU: a tiny model learns chains of arithmetic. A scripted judge, which errs on
+    every fifth step, says which steps were wrong.
 
         capo train examples/arithmetic/capo.yaml
 
         capo train examples/arithmetic/capo.yaml method=grpo seeds.rl=1 output=runs/grpo-1
 
-    Settings and their meaning: capo train FILE --dry-run, and capo/config.py. Ctrl-C saves and stops.
+    --dry-run prints all settings, each with its meaning. Ctrl-C saves and stops.
     """
     from capo.config import load_config
 
@@ -157,15 +160,15 @@ def train(
     if dry_run:
         typer.echo(settings.to_yaml(), nl=False)
         return
-    from safetensors import SafetensorError
-
-    from capo.checkpoint import CheckpointError
-    from capo.train import TrainingError
-    from capo.train import train as run
-
+    try:
+        from capo.checkpoint import CheckpointError
+        from capo.train import TrainingError
+        from capo.train import train as run
+    except ModuleNotFoundError as error:
+        raise UsageError(f"capo train needs {error.name}: pip install 'capo[train]'") from None
     try:
         result = run(settings, resume=resume)
-    except (CheckpointError, TrainingError, SafetensorError, OSError) as error:
+    except (CheckpointError, TrainingError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     if result.before is None:

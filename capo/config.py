@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import io
+import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,14 +211,8 @@ class TrainConfig(_Section):
         return Path(self.output.replace("{method}", self.method))
 
     def to_yaml(self) -> str:
-        """All settings as YAML that ``load_config`` reads back."""
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style = False
-        # Keep the order of the fields.
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        text = io.StringIO()
-        yaml.dump(self.model_dump(), text)
-        return text.getvalue()
+        """All settings, each with its description, as YAML that ``load_config`` reads back."""
+        return "".join(f"{line}\n" for line in _yaml_lines(self))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -392,6 +386,23 @@ def _explain(problems: ValidationError, path: str | Path | None) -> str:
         got = f", got {value!r:.80} ({type(value).__name__})" if key and plain else ""
         lines.append(f"{key}: {message}{got}" if key else message)
     return f"{path}: " * (path is not None) + "\n".join(dict.fromkeys(lines))
+
+
+def _yaml_lines(section: BaseModel, indent: str = "") -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:  # {type(value).__doc__}"
+            yield from _yaml_lines(value, indent + "  ")
+        else:
+            yield f"{f'{indent}{name}: {_yaml_scalar(value)}':<36}  # {field.description}"
+
+
+def _yaml_scalar(value: Any) -> str:
+    """A JSON scalar is a YAML one; words may go without quotes, but for those that YAML 1.1 or 1.2 takes for others."""
+    if isinstance(value, str) and re.fullmatch(r"(?!(?i:null|true|false|on|off|yes|no|y|n)$)[A-Za-z][\w./{}-]*", value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def differing_keys(one: TrainConfig, other: TrainConfig) -> list[str]:

@@ -52,13 +52,26 @@ def build_model(config: ModelConfig, task: ArithmeticTask, seed: int) -> Any:
         ).eval()
 
 
+def load_warm_start(model: Any, config: TrainConfig) -> bool:
+    """Load what `warm_start` made earlier with the same settings; False if there is no such thing.
+
+    Raises:
+        capo.checkpoint.CheckpointError: the cached model is damaged.
+    """
+    cached = _cached(config)
+    if cached is None or not cached.is_dir():
+        return False
+    checkpoint.load(cached, model, None)
+    return True
+
+
 def warm_start(
     model: Any,
     task: ArithmeticTask,
     config: TrainConfig,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> bool:
-    """Train a fresh model on demos, or load the result of an earlier run with the same settings.
+) -> None:
+    """Train a fresh model on demos, and put the result into the cache if there is one.
 
     Args:
         model: as `build_model` made it.
@@ -67,20 +80,10 @@ def warm_start(
             result, and nothing else does.
         on_step: called after each step with its number, from 1, and its loss; what it raises ends the training.
 
-    Returns:
-        Whether the model came from the cache.
-
     Raises:
-        capo.checkpoint.CheckpointError: the cached model is damaged.
         FloatingPointError: the loss is NaN or Inf.
     """
     settings = config.warm_start
-    if settings.steps == 0:
-        return False
-    cached = None if settings.cache is None else Path(settings.cache) / _fingerprint(config)
-    if cached is not None and cached.is_dir():
-        checkpoint.load(cached, model, None)
-        return True
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
     )
@@ -100,9 +103,9 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         on_step(step, loss.item())
+    cached = _cached(config)
     if cached is not None:
         checkpoint.save(cached, model, None, {"config": _decisive(config)})
-    return False
 
 
 def stream(seed: int, *purpose: str | int) -> int:
@@ -128,5 +131,8 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _fingerprint(config: TrainConfig) -> str:
-    return hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()[:16]
+def _cached(config: TrainConfig) -> Path | None:
+    if config.warm_start.cache is None:
+        return None
+    fingerprint = hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()
+    return Path(config.warm_start.cache) / fingerprint[:16]

@@ -9,6 +9,7 @@ Dimension key: B responses of one update, N packed response tokens, M steps, K c
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import capo
 from capo import checkpoint, critique, rundir
 from capo.config import TrainConfig
+from capo.credit import Credit
 from capo.data import DELIMITER, ArithmeticTask, Problem
 from capo.errors import UsageError
 from capo.evaluate import accuracy, plot_curves, response_texts
@@ -28,9 +29,10 @@ from capo.judges import Judge, JudgeRequest
 from capo.judges.scripted import ScriptedJudge
 from capo.learn import Batch, learn, response_logprobs
 from capo.metrics import MetricsLog, judge_metrics, outcome_metrics, read_metrics
-from capo.models import build_model, stream, warm_start
+from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
 from capo.rollout import Rollouts, sample
+from capo.steps import segment, step_texts
 from capo.verify import Outcome, Verifier
 
 BETAS = (0.9, 0.95)  # of AdamW
@@ -73,6 +75,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     rundir.check(config, resume)
     try:
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
+            rundir.check(config, resume)  # again, now that nobody else can write there
             return _Run(config, resume, console, stop).train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
@@ -112,7 +115,8 @@ class _Run:
         with stage(self.console, config.method, config.updates, done=first - 1) as show:
             for update in range(first, config.updates + 1):
                 metrics = self._update(update)
-                last = update == config.updates or self.stop.is_set()
+                stopping = self.stop.is_set()
+                last = stopping or update == config.updates
                 if last or update % config.eval_every == 0:
                     metrics["eval/accuracy"] = state["accuracy"] = accuracy(self.model, self.task, self.held_out)
                 self.log.write({"step": update, **metrics})
@@ -124,11 +128,11 @@ class _Run:
                         f"{state['bad_in_row']} updates in a row had a loss or gradient that is NaN or Inf; they were "
                         f"skipped, the weights are finite. Lower learning_rate ({config.learning_rate:g})"
                     )
-                if self.stop.is_set():
+                if stopping:
                     break
         curve = [(row["step"], row["eval/accuracy"]) for row in read_metrics(self.log.path) if "eval/accuracy" in row]
         plot_curves({config.method: curve}, self.folder / "curve.png", "Learning curve")
-        stopped = self.stop.is_set() and state["update"] < config.updates
+        stopped = state["update"] < config.updates
         return Result(self.folder, state["update"], state["accuracy_before"], state["accuracy"], stopped)
 
     def _start(self) -> bool:
@@ -136,14 +140,16 @@ class _Run:
         config = self.config
         start = self.folder / "start"
         if self.resume:
-            latest = checkpoint.saved_updates(self.checkpoints)[-1]
-            self.state = checkpoint.load(
-                checkpoint.checkpoint_path(self.checkpoints, latest), self.model, self.optimizer
-            )
+            latest = checkpoint.checkpoint_path(self.checkpoints, checkpoint.saved_updates(self.checkpoints)[-1])
+            try:
+                self.state = checkpoint.load(latest, self.model, self.optimizer)
+            except checkpoint.CheckpointError as error:
+                raise checkpoint.CheckpointError(f"{error}; remove {latest} to resume from the one before") from None
         else:
             checkpoint.write_text(self.folder / "config.yaml", config.to_yaml())
             if not self._warm_start():
                 return False
+            shutil.rmtree(start, ignore_errors=True)  # of a run that ended before its first checkpoint
             checkpoint.save(start, self.model, None, {})
             self.state["accuracy_before"] = self.state["accuracy"] = accuracy(self.model, self.task, self.held_out)
         if config.loss.kl_coef > 0:
@@ -156,8 +162,10 @@ class _Run:
         return True
 
     def _warm_start(self) -> bool:
-        steps = self.config.warm_start.steps
-        with stage(self.console, "warm start", steps) as show:
+        if load_warm_start(self.model, self.config):
+            print("warm start: from the cache", file=self.console.file)
+            return True
+        with stage(self.console, "warm start", self.config.warm_start.steps) as show:
 
             def on_step(step: int, loss: float) -> None:
                 show(step, f"loss {loss:.3f}")
@@ -165,8 +173,7 @@ class _Run:
                     raise _Stopped
 
             try:
-                if warm_start(self.model, self.task, self.config, on_step):
-                    show(steps, "from the cache")
+                warm_start(self.model, self.task, self.config, on_step)
             except _Stopped:
                 return False
             except FloatingPointError as error:
@@ -222,8 +229,8 @@ class _Run:
         sampled = time.perf_counter()
 
         outcomes = verify(task, rollouts, problems)
-        steps = capo.segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
-        texts = capo.steps.step_texts(rollouts.token_ids, steps, task.token_bytes)
+        steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
+        texts = step_texts(rollouts.token_ids, steps, task.token_bytes)
         requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(problems, texts, strict=True)]
         votes = config.judge.num_votes
         replies = self.judge.critique(requests, votes) if votes else [[] for _ in requests]
@@ -232,7 +239,7 @@ class _Run:
         )
         judged = time.perf_counter()
 
-        credit = capo.Credit(
+        credit = Credit(
             outcomes=outcomes,
             votes=table.to(outcomes.device),
             steps=steps,
