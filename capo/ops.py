@@ -6,6 +6,7 @@ Dimension key: B responses, N packed response tokens, M steps, K critiques, V vo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +27,9 @@ def _fields(rule: CreditRule | LossRule) -> list:
     return [getattr(rule, field.name) for field in dataclasses.fields(rule)]
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, message: Callable[[], str]) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def _about(tensor: Tensor) -> str:
@@ -114,15 +115,6 @@ def _policy_loss_inplace_fake(logits, *args):
     return _policy_loss_metrics_fake(logits)
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of the logits times that of the loss, without another tensor of that size where it can be spared."""
-    if type(grad) is not Tensor:  # traced: a saved tensor must not be changed
-        return grad * factor
-    if factor.device.type == "cpu" and factor == 1:
-        return grad
-    return grad.mul_(factor)
-
-
 def _policy_loss_setup(ctx, inputs, output):
     ctx.save_for_backward(output[5])
     ctx.mark_non_differentiable(*output[1:])
@@ -133,30 +125,36 @@ def _policy_loss_backward(ctx, grad_loss, *_):
     (grad_logits,) = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 21
-    return (_scaled(grad_logits, grad_loss), *(None,) * 20)
+    return (grad_logits * grad_loss, *(None,) * 20)
 
 
 torch.library.register_autograd("capo::policy_loss", _policy_loss_backward, setup_context=_policy_loss_setup, lib=_lib)
 
 
-class _InplacePolicyLoss(torch.autograd.Function):
-    """``policy_loss`` with the gradient in the place of the logits; the mutation is seen by their version counter."""
+class _PolicyLoss(torch.autograd.Function):
+    """``policy_loss`` in eager mode: as above, but no second tensor of the size of the logits is made in the backward."""
 
     @staticmethod
-    def forward(ctx, logits, args):
-        grad = logits.detach()
-        output = torch.ops.capo.policy_loss_(grad, *args)
+    def forward(ctx, logits, inplace, args):
+        if inplace:
+            grad = logits.detach()
+            output = torch.ops.capo.policy_loss_(grad, *args)
+            torch.autograd.graph.increment_version(logits)
+        else:
+            *output, grad = torch.ops.capo.policy_loss(logits, *args)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return output
+        return tuple(output)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         (grad_logits,) = ctx.saved_tensors
         if grad_loss is None:
-            return None, None
-        return _scaled(grad_logits, grad_loss), None
+            return None, None, None
+        if grad_loss.device.type == "cpu" and grad_loss == 1:
+            return grad_logits, None, None
+        return grad_logits.mul_(grad_loss), None, None
 
 
 def policy_loss(
@@ -166,14 +164,14 @@ def policy_loss(
     _check_logits("policy_loss", logits, labels)
     _require(
         cu_seqlens.dim() == 1 and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.shape[0] > 0,
-        f"policy_loss: cu_seqlens must be int32 or int64 [B + 1], got {_about(cu_seqlens)}",
+        lambda: f"policy_loss: cu_seqlens must be int32 or int64 [B + 1], got {_about(cu_seqlens)}",
     )
     if rule.kl_coef > 0:
-        _require(ref_logprobs is not None, f"policy_loss: kl_coef={rule.kl_coef} needs ref_logprobs")
+        _require(ref_logprobs is not None, lambda: f"policy_loss: kl_coef={rule.kl_coef} needs ref_logprobs")
     else:
         ref_logprobs = None
     if rule.importance_cap is not None:
-        _require(rollout_logprobs is not None, "policy_loss: importance_cap needs rollout_logprobs")
+        _require(rollout_logprobs is not None, lambda: "policy_loss: importance_cap needs rollout_logprobs")
     else:
         rollout_logprobs = None
     advantages = _row_floats("policy_loss", "credit (advantages)", advantages, logits)
@@ -193,11 +191,15 @@ def policy_loss(
         need_grad,
         *_fields(rule),
     )
-    if inplace and need_grad:
-        if torch.compiler.is_compiling():
+    if not need_grad or torch.compiler.is_compiling():
+        if inplace and need_grad:
             raise ValueError("policy_loss: inplace=True is for eager mode; leave it out under torch.compile")
-        return _InplacePolicyLoss.apply(logits, args)
-    return torch.ops.capo.policy_loss(logits, *args)[:5]
+        return torch.ops.capo.policy_loss(logits, *args)[:5]
+    _require(
+        not inplace or logits.shape[0] < 2 or logits.stride(0) >= logits.shape[1],
+        lambda: f"policy_loss: inplace=True, but rows of logits overlap in memory: strides {tuple(logits.stride())}",
+    )
+    return _PolicyLoss.apply(logits, inplace, args)
 
 
 # ---- logprobs: logits, labels -> log-probabilities and entropies, no gradient
@@ -220,7 +222,7 @@ def logprobs(logits, labels, temperature, mask) -> tuple[Tensor, Tensor]:
     _check_logits("logprobs", logits, labels)
     _require(
         isinstance(temperature, float | int) and 0 < temperature < float("inf"),
-        f"logprobs: temperature must be finite and above 0, got {temperature!r}",
+        lambda: f"logprobs: temperature must be finite and above 0, got {temperature!r}",
     )
     mask = _row_mask("logprobs", mask, logits)
     return torch.ops.capo.logprobs(logits.detach(), labels.to(torch.int64).contiguous(), float(temperature), mask)
@@ -232,19 +234,21 @@ def logprobs(logits, labels, temperature, mask) -> tuple[Tensor, Tensor]:
 def _check_logits(op: str, logits: Tensor, labels: Tensor) -> None:
     _require(
         logits.dim() == 2 and logits.dtype in LOGIT_DTYPES,
-        f"{op}: logits must be float32, bfloat16 or float16 [N, V], got {_about(logits)}",
+        lambda: f"{op}: logits must be float32, bfloat16 or float16 [N, V], got {_about(logits)}",
     )
-    _require(logits.shape[1] > 0, f"{op}: logits have no vocabulary: {_about(logits)}")
+    _require(logits.shape[1] > 0, lambda: f"{op}: logits have no vocabulary: {_about(logits)}")
     _require(
         logits.stride(1) == 1 or logits.shape[1] == 1,
-        f"{op}: the last dimension of logits must be contiguous, got strides {tuple(logits.stride())}; "
-        "call .contiguous() on them",
+        lambda: (
+            f"{op}: the last dimension of logits must be contiguous, got strides {tuple(logits.stride())}; "
+            "call .contiguous() on them"
+        ),
     )
     _require(
         labels.shape == (logits.shape[0],) and labels.dtype in (torch.int32, torch.int64),
-        f"{op}: labels must be int64 [{logits.shape[0]}], got {_about(labels)}",
+        lambda: f"{op}: labels must be int64 [{logits.shape[0]}], got {_about(labels)}",
     )
-    _require(labels.device == logits.device, f"{op}: labels are on {labels.device}, logits on {logits.device}")
+    _require(labels.device == logits.device, lambda: f"{op}: labels are on {labels.device}, logits on {logits.device}")
 
 
 def _row_floats(op: str, name: str, values: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -252,18 +256,20 @@ def _row_floats(op: str, name: str, values: Tensor | None, logits: Tensor) -> Te
         return None
     _require(
         isinstance(values, Tensor) and values.shape == (logits.shape[0],) and values.is_floating_point(),
-        f"{op}: {name} must be float [{logits.shape[0]}], got "
-        f"{_about(values) if isinstance(values, Tensor) else type(values).__name__}",
+        lambda: (
+            f"{op}: {name} must be float [{logits.shape[0]}], got "
+            f"{_about(values) if isinstance(values, Tensor) else type(values).__name__}"
+        ),
     )
-    _require(values.device == logits.device, f"{op}: {name} is on {values.device}, logits on {logits.device}")
+    _require(values.device == logits.device, lambda: f"{op}: {name} is on {values.device}, logits on {logits.device}")
     return values.detach().to(torch.float32).contiguous()
 
 
 def _row_mask(op: str, mask: Tensor | None, logits: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    _require(mask.shape == (logits.shape[0],), f"{op}: mask must be [{logits.shape[0]}], got {_about(mask)}")
-    _require(mask.device == logits.device, f"{op}: mask is on {mask.device}, logits on {logits.device}")
+    _require(mask.shape == (logits.shape[0],), lambda: f"{op}: mask must be [{logits.shape[0]}], got {_about(mask)}")
+    _require(mask.device == logits.device, lambda: f"{op}: mask is on {mask.device}, logits on {logits.device}")
     if mask.dtype != torch.bool:
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
             other = (mask != 0) & (mask != 1)

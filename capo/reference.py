@@ -186,11 +186,9 @@ def label_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> tuple[
     Computed in float64 for float64 logits, else in float32.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    log_normalizer = z.logsumexp(-1)
-    logp = z.gather(-1, labels[:, None])[:, 0] - log_normalizer
-    finite = z.clamp(min=torch.finfo(z.dtype).min)  # 0 * -inf has no place in a mean
-    entropy = log_normalizer - (z.softmax(-1) * finite).sum(-1)
-    return logp, entropy
+    logp = z.log_softmax(-1)
+    finite = logp.clamp(min=torch.finfo(z.dtype).min)  # 0 * -inf has no place in a mean
+    return logp.gather(-1, labels[:, None])[:, 0], -(logp.exp() * finite).sum(-1)
 
 
 class _Live:
@@ -254,6 +252,24 @@ class _Live:
             return 1.0
         mismatch = (self.logp.detach() if self.old is None else self.old) - self.rollout
         return mismatch.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=rule.importance_cap)
+
+    def slopes(self, rule: LossRule) -> tuple[Tensor, Tensor]:
+        """Derivatives of the loss by each token's log-probability and by its entropy."""
+        ratio, inside = self.ratio(rule)
+        bounded, clipped, dual = self.clip(ratio, rule)
+        if rule.objective == "cispo":
+            g = -bounded * self.advantages * self.importance(rule) * self.weights
+        else:
+            g = -ratio * self.advantages * self.importance(rule) * self.weights
+            g = torch.where(clipped | dual | ~inside, 0.0, g)
+            if rule.ratio == "sequence":
+                g = self.response_mean(g)
+            g = torch.where(self.logp.isneginf(), 0.0, g)
+        if rule.kl_coef > 0:
+            d = self.logp - self.ref
+            k3 = torch.where(d.abs() > LOG_RATIO_LIMIT, 0.0, 1 - torch.exp(-d))
+            g = g + rule.kl_coef * self.weights * {"k1": torch.ones_like(d), "k2": d, "k3": k3}[rule.kl]
+        return g, -rule.entropy_coef * self.weights * torch.ones_like(g)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the live tokens in a row per token, 0 elsewhere. [N]"""
@@ -319,22 +335,7 @@ def policy_loss_gradient(
         d loss / d logits = (g * (onehot - p) - h * p * (z - sum(p * z))) / temperature
     """
     live = _Live(logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs)
-    ratio, inside = live.ratio(rule)
-    bounded, clipped, dual = live.clip(ratio, rule)
-    if rule.objective == "cispo":
-        g = -bounded * live.advantages * live.importance(rule) * live.weights
-    else:
-        g = -ratio * live.advantages * live.importance(rule) * live.weights
-        g = torch.where(clipped | dual | ~inside, 0.0, g)
-        if rule.ratio == "sequence":
-            g = live.response_mean(g)
-        g = torch.where(live.logp.isneginf(), 0.0, g)
-    if rule.kl_coef > 0:
-        d = live.logp - live.ref
-        k3 = torch.where(d.abs() > LOG_RATIO_LIMIT, 0.0, 1 - torch.exp(-d))
-        g = g + rule.kl_coef * live.weights * {"k1": torch.ones_like(d), "k2": d, "k3": k3}[rule.kl]
-    h = -rule.entropy_coef * live.weights * torch.ones_like(g)
-
+    g, h = live.slopes(rule)
     z = live.logits.to(g.dtype) / rule.temperature
     p = z.softmax(-1)
     dz = (-g[:, None] * p).scatter_add(-1, live.labels[:, None], g[:, None])

@@ -77,6 +77,24 @@ def reference(batch: Batch, rule: capo.LossRule) -> tuple[tuple[Tensor, ...], Te
     return tuple(x.detach() for x in out), grad
 
 
+def closed_form_gradient(batch: Batch, rule: capo.LossRule) -> Tensor:
+    """The gradient by ``capo.reference.policy_loss_gradient``, in the batch's own precision."""
+    return capo.reference.policy_loss_gradient(
+        batch.logits, batch.labels, batch.credit, batch.old_logprobs, batch.cu_seqlens, rule, batch.ref_logprobs,
+        batch.mask, batch.rollout_logprobs,
+    )  # fmt: skip
+
+
+def slopes(batch: Batch, rule: capo.LossRule) -> Tensor:
+    """Size of d loss / d logp and d loss / d entropy of each row, on the scale of the logits. [N]"""
+    live = capo.reference._Live(
+        batch.logits, batch.labels, batch.credit, batch.old_logprobs, batch.cu_seqlens, rule, batch.ref_logprobs,
+        batch.mask, batch.rollout_logprobs,
+    )  # fmt: skip
+    g, h = live.slopes(rule)
+    return live.scatter((g.abs() + h.abs()) / rule.temperature)
+
+
 def random_credit(seed=0, num_responses=6, num_votes=3, rule=None, num_groups=2) -> capo.Credit:
     """Steps with gaps, empty steps, responses without steps or tokens, abstentions, groups out of order."""
     g = torch.Generator().manual_seed(seed)

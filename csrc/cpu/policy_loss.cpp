@@ -42,15 +42,19 @@ struct Row {
   float logp, entropy;
 };
 
-float rate_of(float temperature) { return static_cast<float>(1.0 / (kLn2 * temperature)); }
+// Rows of 16 bits are scaled in float32: their log-probabilities follow suit.
+double rate_of(float temperature, Dtype dtype) {
+  const double rate = 1.0 / (kLn2 * temperature);
+  return dtype == Dtype::kFloat32 ? rate : static_cast<float>(rate);
+}
 
-Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, float rate,
+Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, double rate,
              bool infinite) {
   const int type = static_cast<int>(dtype);
   Row result;
   result.stats = kernels.stats[type](row, vocab, rate, label, infinite);
   const double log_sum = std::log2(result.stats.sum);
-  const double at_label = static_cast<double>(kernels.load[type](row, label)) * rate - result.stats.offset;
+  const double at_label = (static_cast<double>(kernels.load[type](row, label)) - result.stats.top) * rate;
   result.logp = static_cast<float>(kLn2 * (at_label - log_sum));
   result.entropy = static_cast<float>(kLn2 * (log_sum - result.stats.centred / result.stats.sum));
   return result;
@@ -62,7 +66,7 @@ class Pass {
       : args(a),
         kernels(row_kernels()),
         type(static_cast<int>(a.dtype)),
-        rate(rate_of(a.rule.temperature)),
+        rate(rate_of(a.rule.temperature, a.dtype)),
         live(a.rows),
         response(a.rows),
         counts(a.responses),
@@ -87,7 +91,7 @@ class Pass {
   const PolicyLossArgs& args;
   const RowKernels& kernels;
   const int type;
-  const float rate;
+  const double rate;
   std::atomic<bool> infinite{false};  // whether rows with -inf were seen: others are likely to have some too
   std::vector<char> live;
   std::vector<int64_t> response;
@@ -180,10 +184,10 @@ class Pass {
     const double centred_label = p > 0.0 ? r.logp + std::log(sum) - mean : 0.0;
     RowGrad how;
     how.rate = rate;
-    how.offset = r.stats.offset;
+    how.top = r.stats.top;
     how.infinite = r.stats.infinite;
-    how.alpha = static_cast<float>(s * (h * mean - g) / sum);
-    how.beta = static_cast<float>(-s * h * kLn2 / sum);
+    how.alpha = s * (h * mean - g) / sum;
+    how.beta = -s * h * kLn2 / sum;
     how.label = args.labels[row];
     how.label_grad = static_cast<float>(s * (g * -std::expm1(static_cast<double>(r.logp)) - h * p * centred_label));
     how.stream = stream;
@@ -305,7 +309,7 @@ bool logprobs(const LogprobsArgs& args) {
       result = {};
       if (args.mask == nullptr || args.mask[row])
         result = read_row(kernels, row_at(args.logits, row, args.logits_stride, args.dtype), args.dtype, args.vocab,
-                          args.labels[row], rate_of(args.temperature), infinite);
+                          args.labels[row], rate_of(args.temperature, args.dtype), infinite);
       args.logprobs[row] = result.logp;
       args.entropy[row] = result.entropy;
     }

@@ -8,10 +8,10 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// What one pass over a row of logits z gives. Exponents are t = z * rate - offset, in float32, where rate is log2(e) /
-// temperature; the offset is near the largest z * rate, which keeps the powers of two in range.
+// What one pass over a row of logits z gives. Exponents are t = (z - top) * rate, where rate is log2(e) / temperature;
+// top is the largest logit or one near it, which keeps the powers of two in range.
 struct RowStats {
-  float offset;
+  float top;
   double sum;      // of 2^t; NaN if the row has NaN, +inf, or nothing but -inf
   double centred;  // of 2^t * t
   bool infinite;   // the row has -inf
@@ -19,10 +19,10 @@ struct RowStats {
 
 // The gradient of a row: 2^t * (alpha + beta * t); the label's entry is given.
 struct RowGrad {
-  float rate;
-  float offset;
-  float alpha;
-  float beta;
+  double rate;
+  float top;
+  double alpha;
+  double beta;
   int64_t label;
   float label_grad;
   bool infinite;
@@ -33,7 +33,7 @@ struct RowKernels {
   const char* isa;
   // Indexed by Dtype. A row is `size` elements long. `infinite`: a guess whether the row has -inf, right or wrong alike
   // in its result.
-  RowStats (*stats[3])(const void* row, int64_t size, float rate, int64_t label, bool infinite);
+  RowStats (*stats[3])(const void* row, int64_t size, double rate, int64_t label, bool infinite);
   void (*grad[3])(const void* row, void* grad, int64_t size, const RowGrad& how);
   void (*fill[3])(void* grad, int64_t size, float value);
   float (*load[3])(const void* row, int64_t index);

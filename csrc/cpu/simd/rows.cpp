@@ -15,8 +15,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kPair = 2 * kLanes;
 constexpr int64_t kLine = 64;  // bytes in a cache line
 
-// Elements summed in float32 before their sums go on in float64.
-constexpr int64_t kTile = 256 * kPair;
+// Elements summed in float32 before their sums go on in float64: few, as beside a 1 they lose digits.
+constexpr int64_t kTile = 64 * kPair;
 
 // Degree of the polynomial for gradients of this type: its error stays well below the rounding to that type.
 template <typename T>
@@ -65,55 +65,76 @@ float max_of(const T* z, int64_t size) {
   return horizontal_max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
-// Sums over a row for a given offset. kInfinite: exponents are held in range, which changes nothing for finite ones.
+// Powers of two of the logits of a row: 2^t with t = (x - top) * rate. kHeld: t is held in range, which changes nothing
+// in the result for finite x.
+template <typename T, int kDegree, bool kHeld>
+struct Powers {
+  const Exp2<kDegree> exp2;
+  const vf top, rate, low, lowest, highest;
+
+  Powers(float factor, float largest, double r)
+      : exp2(factor),
+        top(splat(largest)),
+        rate(splat(static_cast<float>(r))),
+        low(splat(static_cast<float>(r - static_cast<float>(r)))),
+        lowest(splat(static_cast<float>(kLowestExponent / r))),
+        highest(splat(static_cast<float>(kHighestExponent / r))) {}
+
+  vf operator()(vf x, vf& t) const {
+    vf d = x - top;  // exactly 0 at the top: confident rows stay exact
+    if constexpr (kHeld || !kAnyExponent) d = hold(d, lowest, highest);
+    t = d * rate;
+    if constexpr (sizeof(T) == 4) return exp2(d, t, rate, low);
+    return exp2(t);
+  }
+};
+
 template <typename T, bool kInfinite>
-RowStats sums(const T* z, int64_t size, float rate, float offset) {
+RowStats sums(const T* z, int64_t size, double rate, float top) {
   constexpr int kChains = 4;  // hide the latency of the additions
-  const Exp2<5> exp2;
-  RowStats result = {offset, 0.0, 0.0, kInfinite};
+  const Powers<T, 5, kInfinite> power(1.f, top, rate);
+  const Powers<T, 5, true> power_of_part(1.f, top, rate);
+  DoubleSum total, total_centred;
   for (int64_t first = 0; first < size; first += kTile) {
     const int64_t last = size - first < kTile ? size : first + kTile;
     vf sum[kChains], centred[kChains];
     for (int c = 0; c < kChains; ++c) sum[c] = centred[c] = splat(0.f);
-    const auto add = [&](vf t, int c) {
-      const vf e = exp2(t);
+    const auto add = [&](const auto& power_of, vf x, int c) {
+      vf t;
+      const vf e = power_of(x, t);
       sum[c] += e;
       centred[c] += e * t;
-    };
-    const auto exponent = [&](vf x) {
-      const vf t = x * rate - offset;
-      return kInfinite || !kAnyExponent ? held(t) : t;
     };
     vf a, b;
     int64_t i = first;
     for (; i + 2 * kPair <= last; i += 2 * kPair)
       for (int c = 0; c < kChains; c += 2) {
         load_pair(z + i + c * kLanes, a, b);
-        add(exponent(a), c);
-        add(exponent(b), c + 1);
+        add(power, a, c);
+        add(power, b, c + 1);
       }
     for (; i < last; i += kPair) {
       load_part(z + i, last - i, a, b);
-      add(held(a * rate - offset), 0);
-      add(held(b * rate - offset), 1);
+      add(power_of_part, a, 0);
+      add(power_of_part, b, 1);
     }
-    result.sum += horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    result.centred += horizontal_sum((centred[0] + centred[1]) + (centred[2] + centred[3]));
+    total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    total_centred.add((centred[0] + centred[1]) + (centred[2] + centred[3]));
   }
-  return result;
+  return {top, total.total(), total_centred.total(), kInfinite};
 }
 
 template <typename T>
-RowStats sums(const T* z, int64_t size, float rate, float offset, bool infinite) {
+RowStats sums(const T* z, int64_t size, double rate, float top, bool infinite) {
   if (!infinite) {
-    const RowStats result = sums<T, false>(z, size, rate, offset);
+    const RowStats result = sums<T, false>(z, size, rate, top);
     if (!std::isnan(result.sum + result.centred)) return result;
   }
-  return sums<T, true>(z, size, rate, offset);
+  return sums<T, true>(z, size, rate, top);
 }
 
 template <typename T>
-RowStats stats(const void* row, int64_t size, float rate, int64_t label, bool infinite) {
+RowStats stats(const void* row, int64_t size, double rate, int64_t label, bool infinite) {
   const T* z = static_cast<const T*>(row);
   // The largest of a few and the label, which was sampled, is as good as the largest of all unless the sum says
   // otherwise.
@@ -122,23 +143,37 @@ RowStats stats(const void* row, int64_t size, float rate, int64_t label, bool in
   const float at_label = load_one(z + label);
   if (at_label > top) top = at_label;
   if (std::isfinite(top)) {
-    const RowStats result = sums(z, size, rate, top * rate, infinite);
+    const RowStats result = sums(z, size, rate, top, infinite);
     if (result.sum > 0.0 && result.sum < 0x1p24) return result;
   }
   top = max_of(z, size);
   if (top == -kInfinity) return {top, std::nan(""), std::nan(""), true};
-  return sums(z, size, rate, top * rate, infinite);
+  return sums(z, size, rate, top, infinite);
 }
 
 template <typename T, bool kInfinite, bool kCentred>
 void grad_row(const T* z, T* out, int64_t size, const RowGrad& how) {
-  const Exp2<kGradDegree<T>> exp2(kCentred ? 1.f : how.alpha);
+  // In 16 bits t is made in one multiply-add: what rounding top * rate shifts all exponents by is known and put right
+  // in the factors.
+  constexpr bool kShifted = sizeof(T) == 2;
+  const float rate = static_cast<float>(how.rate);
+  const float offset = how.top * rate;
+  const double shift = kShifted ? static_cast<double>(how.top) * rate - offset : 0.0;
+  const double back = std::exp2(-shift);
+  const float alpha = static_cast<float>((how.alpha - how.beta * shift) * back);
+  const float beta = static_cast<float>(how.beta * back);
+  const Powers<T, kGradDegree<T>, kInfinite> power(kCentred ? 1.f : alpha, how.top, how.rate);
   const auto grad = [&](vf x) {
-    const vf t = x * how.rate - how.offset;
-    const vf inside = kInfinite || !kAnyExponent ? held(t) : t;  // what becomes of padding is not stored
-    vf g = exp2(inside);
-    if constexpr (kCentred) g = g * (inside * how.beta + how.alpha);
-    if constexpr (!kAnyExponent) g = t < kLowestExponent ? splat(0.f) : g;
+    vf t, g;
+    if constexpr (kShifted) {
+      t = x * rate - offset;
+      if constexpr (kInfinite || !kAnyExponent) t = hold(t, splat(kLowestExponent), splat(kHighestExponent));
+      g = power.exp2(t);
+    } else {
+      g = power(x, t);
+    }
+    if constexpr (kCentred) g = g * (t * beta + alpha);
+    if constexpr (!kAnyExponent) g = t < kLowestExponent + 1.f ? splat(0.f) : g;
     return g;
   };
   const auto part = [&](int64_t i, int64_t count) {
@@ -167,7 +202,7 @@ void grad_row(const T* z, T* out, int64_t size, const RowGrad& how) {
 
 template <typename T>
 void grad(const void* row, void* out, int64_t size, const RowGrad& how) {
-  const bool centred = how.beta != 0.f;
+  const bool centred = how.beta != 0.0;
   const auto run = how.infinite ? (centred ? grad_row<T, true, true> : grad_row<T, true, false>)
                                 : (centred ? grad_row<T, false, true> : grad_row<T, false, false>);
   run(static_cast<const T*>(row), static_cast<T*>(out), size, how);

@@ -80,13 +80,26 @@ inline float horizontal_max(vf x) {
   return result;
 }
 
-inline double horizontal_sum(vf x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof(x));
-  double result = 0;
-  for (int i = 0; i < kLanes; ++i) result += lanes[i];
-  return result;
-}
+// Sums of floats that go on in float64.
+struct DoubleSum {
+  typedef float half_vf __attribute__((vector_size(kLanes * 2)));
+  typedef double half_vd __attribute__((vector_size(kLanes * 4)));
+  half_vd low = {}, high = {};
+
+  void add(vf x) {
+    half_vf halves[2];
+    std::memcpy(halves, &x, sizeof(x));
+    low += __builtin_convertvector(halves[0], half_vd);
+    high += __builtin_convertvector(halves[1], half_vd);
+  }
+
+  double total() const {
+    const half_vd both = low + high;
+    double result = 0.0;
+    for (int i = 0; i < kLanes / 2; ++i) result += both[i];
+    return result;
+  }
+};
 
 // ---- two vectors at a time. Element i of memory is in lane i / 2 of the even or odd vector for bf16, where that
 // spares the unpacking; otherwise the first vector holds the first kLanes elements. Sums do not care and stores undo
@@ -222,7 +235,17 @@ struct Exp2 {
   // factor * 2^t for t in [-126, 127], NaN for NaN; with AVX-512 for any t but -inf, which gives NaN.
   vf operator()(vf t) const {
     const vf n = round(t);
-    const vf f = t - n;
+    return power(t - n, n);
+  }
+
+  // The same for t = d * (rate + low), to float32 accuracy however large t is.
+  vf operator()(vf d, vf t, vf rate, vf low) const {
+    const vf n = round(t);
+    return power((d * rate - n) + d * low, n);
+  }
+
+ private:
+  vf power(vf f, vf n) const {
     vf p = c[kDegree];
     for (int i = kDegree - 1; i >= 0; --i) p = p * f + c[i];
     return scale_by_power_of_two(p, n);
@@ -232,16 +255,17 @@ struct Exp2 {
 // With AVX-512 any finite exponent may be given to Exp2; elsewhere exponents have to be held in range.
 #if defined(__AVX512F__)
 constexpr bool kAnyExponent = true;
-constexpr float kLowestExponent = -150.f;  // 2^-150 is 0 in float32
+constexpr float kLowestExponent = -160.f;  // 2^-160 is 0 in float32
 #else
 constexpr bool kAnyExponent = false;
 constexpr float kLowestExponent = -126.f;
 #endif
+constexpr float kHighestExponent = 127.f;
 
-// The exponent in range, NaN for NaN.
-inline vf held(vf t) {
-  t = max(splat(kLowestExponent), t);
-  return kAnyExponent ? t : -max(splat(-127.f), -t);
+// x between two bounds, NaN for NaN.
+inline vf hold(vf x, vf lowest, vf highest) {
+  x = max(lowest, x);
+  return kAnyExponent ? x : -max(-highest, -x);
 }
 
 }  // namespace capo::CAPO_ISA
