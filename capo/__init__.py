@@ -22,11 +22,12 @@ _EXPORTS = {
     "segment": "capo.steps",
     "use_backend": "capo.backends",
 }
-_MODULES = ("critique", "reference", "verify")
+_MODULES = ("critique", "reference", "score", "verify")
 
 if TYPE_CHECKING:
     from capo import critique as critique
     from capo import reference as reference
+    from capo import score as score
     from capo import verify as verify
     from capo.backends import use_backend as use_backend
     from capo.credit import Credit as Credit

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +43,95 @@ def doctor() -> None:
     from capo.doctor import report
 
     report()
+
+
+@app.command()
+def score(
+    rollouts: Path = typer.Argument(help="Rollouts, .jsonl or .parquet."),
+    out: Path = typer.Option(help="The parquet file to write."),
+    tokenizer: str = typer.Option(
+        help="Folder, tokenizer.json, tiktoken file (.tiktoken, .model) or model name of the policy's tokenizer."
+    ),
+    critiques: Path | None = typer.Option(None, help="Critiques, .jsonl; rules that look at outcomes only need none."),
+    rule: str = typer.Option(
+        "capo", help="capo, grpo, dr_grpo, rloo, opo, grpo_process, vppo, fapo or papo; see capo.CreditRule."
+    ),
+    vote: str | None = typer.Option(
+        None, help="majority, strict_majority, intersection, union or average; default: the rule's."
+    ),
+    outcome_weight: float | None = typer.Option(None, help="C, the weight of the outcome; default: the rule's."),
+    process_weight: float | None = typer.Option(None, help="P, the weight of the steps; default: the rule's."),
+    delimiter: str = typer.Option(r"\n\n", help=r"What separates steps; \n, \t, \r and \\ are understood."),
+    num_votes: int | None = typer.Option(
+        None, min=1, help="Votes of every step; missing ones abstain. Default: as many as the response has critiques."
+    ),
+    vocab_size: int | None = typer.Option(
+        None, min=1, help="Width of the model's logits. Tiktoken files need it for the ids of special tokens."
+    ),
+    eos_id: list[int] | None = typer.Option(None, help="A token that ends responses; may be given several times."),
+    tiktoken_pattern: str | None = typer.Option(
+        None, help="Regular expression that splits text, for a tiktoken file and responses without token ids."
+    ),
+    summary: Path | None = typer.Option(None, help="Write the summary here as JSON, too."),
+) -> None:
+    r"""Turn a file of rollouts and a file of critiques into token advantages.
+
+    Rollouts are JSON lines or parquet, one prompt with its responses, or one response, a row; critiques are JSON lines, one
+    response a row. docs/score.md has all fields. For example
+
+        rollouts.jsonl   {"prompt": "2 + 2?", "responses": [{"id": "a", "text": "2 + 2 = 5\n\nSo 5.", "outcome": 0}, ...]}
+
+        critiques.jsonl  {"response_id": "a", "critiques": [{"flagged": [0]}, "Judgment: ... <incorrect_steps>0<...>", null]}
+
+        capo score rollouts.jsonl --critiques critiques.jsonl --tokenizer ./model --out shaped.parquet
+
+    writes a row for each response with its token ids, their advantages, its steps, weights and votes. Rows that cannot be
+    used are listed with the reason in shaped.parquet.rejected.jsonl, and all others are scored.
+
+    Exit code: 0 all rows were scored, 1 some were refused, 2 nothing was written.
+    """
+    from capo.scoreboard import progress_bar, table
+
+    with _usage_errors(ImportError, OSError, ValueError):
+        from capo.credit import CreditRule
+        from capo.score import InputError, score_file
+        from capo.tokenizer import load_tokenizer
+
+        given = {"vote": vote, "outcome_weight": outcome_weight, "process_weight": process_weight}
+        credit_rule = CreditRule.preset(rule, **{name: value for name, value in given.items() if value is not None})
+        loaded = load_tokenizer(tokenizer, num_tokens=vocab_size, eos_ids=eos_id, tiktoken_pattern=tiktoken_pattern)
+    with _usage_errors(InputError, OSError), progress_bar(rollouts.name) as progress:
+        result = score_file(
+            rollouts,
+            critiques,
+            loaded,
+            out,
+            credit_rule,
+            delimiter=_unescaped(delimiter),
+            num_votes=num_votes,
+            summary=summary,
+            progress=progress,
+        )
+    for example in result.bad_row_examples:
+        typer.echo(example, err=True)
+    if result.bad_rows:
+        typer.echo(f"{result.bad_rows} rows were refused, all listed in {out}.rejected.jsonl", err=True)
+    typer.echo(table(result), nl=False)
+    raise typer.Exit(1 if result.bad_rows else 0)
+
+
+@contextlib.contextmanager
+def _usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds, as `UsageError`."""
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(str(error)) from error
+
+
+def _unescaped(text: str) -> str:
+    named = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda match: named[match[1]], text)
 
 
 @app.command()

@@ -192,7 +192,7 @@ _JUDGMENT_LINE = re.compile(
     r"(?P<verdict>Yes|No)[*`]{0,3}\.?[*`]{0,3}[\t\r ]{0,8}$",
     re.MULTILINE | re.ASCII,
 )
-_REASONING_TAG = re.compile(r"<(?P<close>/?)think(?:ing)?>", re.IGNORECASE)
+_REASONING_TAG = re.compile(r"<(?P<close>/?)[Tt][Hh][Ii][Nn][Kk](?:[Ii][Nn][Gg])?>")
 
 
 def _without_reasoning(text: str) -> str:
@@ -211,19 +211,17 @@ def _without_reasoning(text: str) -> str:
 
 # Patterns for any nonce, which is compared afterwards: compiling them anew for each would cost more than all the rest.
 _SUFFIX = ":[0-9A-Za-z]{4,64}"
-_LIST_TAG = re.compile(f"<(?P<close>/?)incorrect_steps(?P<suffix>{_SUFFIX})?>")
-_NUMBER = "(?:0|[1-9][0-9]*)"
-_ITEM = re.compile(
-    rf"(?P<first><step_{_NUMBER}(?P<suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER})"
-    rf"(?:\s*[-–]\s*(?P<last><step_{_NUMBER}(?P<last_suffix>{_SUFFIX})?>|(?:step_)?{_NUMBER}))?"
-)
+_LIST_TAG = re.compile(f"<(?P<close>/?)incorrect_steps(?P<suffix>(?:{_SUFFIX})?)>")
+_NUMBER = "(0|[1-9][0-9]*)"
+_INDEX = f"(?:<step_{_NUMBER}({_SUFFIX})?>|(?:step_)?{_NUMBER})"  # groups: number in a tag, suffix of the tag, number
+_ITEM = re.compile(rf"{_INDEX}(?:\s*[-–]\s*{_INDEX})?")
 
 
 def _last_block(text: str, suffix: str) -> tuple[str | None, bool]:
     """The text in the last complete list block, or None; and whether a block is left open at the end."""
     block, begin = None, None
     for tag in _LIST_TAG.finditer(text):
-        if (tag["suffix"] or "") != suffix:
+        if tag["suffix"] != suffix:
             continue
         if not tag["close"]:
             begin = tag.end()
@@ -237,9 +235,10 @@ def _indices(block: str, num_steps: int, suffix: str) -> tuple[int, ...]:
     spans = []
     for written in dict.fromkeys(block.split(",")) if block else ():  # each once: a repeated item costs next to nothing
         match = _ITEM.fullmatch(written.strip())
-        if match is None or {match["suffix"], match["last_suffix"]} - {None, suffix}:
+        if match is None or match[2] not in (None, suffix) or match[5] not in (None, suffix):
             raise CritiqueError(Reason.BAD_INDEX, f"{written.strip()!r:.40} is no step index")
-        first, last = (_number(part, num_steps) for part in (match["first"], match["last"] or match["first"]))
+        first = _number(match[1] or match[3], num_steps)
+        last = _number(match[4] or match[6], num_steps) if match[4] or match[6] else first
         if first > last:
             raise CritiqueError(Reason.BAD_INDEX, f"range {written.strip()!r:.40} runs backwards")
         spans.append((first, last))
@@ -249,8 +248,7 @@ def _indices(block: str, num_steps: int, suffix: str) -> tuple[int, ...]:
     return tuple(flagged)
 
 
-def _number(index: str, num_steps: int) -> int:
-    digits = re.findall("[0-9]+", index)[0]
+def _number(digits: str, num_steps: int) -> int:
     if len(digits) > 9 or int(digits) >= num_steps:
         raise CritiqueError(Reason.OUT_OF_RANGE, f"step {digits:.12} of {num_steps} steps, counted from 0")
     return int(digits)
@@ -288,20 +286,22 @@ def vote_table(
     if len(critiques) != len(num_steps):
         raise ValueError(f"vote_table: critiques of {len(critiques)} responses, but num_steps has {len(num_steps)}")
     columns = max(map(len, critiques), default=0) if num_votes is None else num_votes
-    table = torch.full((sum(num_steps), columns), -1, dtype=torch.int8)
+    heard, rows, flags = [], [], []
     start = 0
     for response, (votes, steps) in enumerate(zip(critiques, num_steps, strict=True)):
         if len(votes) > columns:
             raise ValueError(f"vote_table: response {response} has {len(votes)} critiques, more than {columns}")
+        heard.append([critique is not None for critique in votes] + [False] * (columns - len(votes)))
         for column, critique in enumerate(votes):
-            if critique is None:
-                continue
-            outside = [index for index in critique.flagged if not 0 <= index < steps]
-            if outside:
-                raise ValueError(f"vote_table: response {response} has {steps} steps, but step {outside[0]} is flagged")
-            table[start : start + steps, column] = 0
-            table[[start + index for index in critique.flagged], column] = 1
+            for index in critique.flagged if critique is not None else ():
+                if not 0 <= index < steps:
+                    raise ValueError(f"vote_table: response {response} has {steps} steps, but step {index} is flagged")
+                rows.append(start + index)
+                flags.append(column)
         start += steps
+    valid = torch.tensor(heard, dtype=torch.bool).reshape(len(critiques), columns)
+    table = valid.repeat_interleave(torch.tensor(num_steps, dtype=torch.int64), 0).to(torch.int8) - 1
+    table[torch.tensor(rows, dtype=torch.int64), torch.tensor(flags, dtype=torch.int64)] = 1
     return table
 
 
@@ -322,7 +322,7 @@ class Agreement:
     kappa: float | None
 
 
-def agreement(votes: Tensor) -> Agreement:
+def agreement(votes: Tensor, counts: Tensor | None = None) -> Agreement:
     """Summarise a vote table: flag rate, abstentions, agreement of pairs, Fleiss' kappa.
 
     A step with n valid votes, c of them flagged, has the share ``(c(c-1) + (n-c)(n-c-1)) / (n(n-1))`` of agreeing pairs;
@@ -331,17 +331,20 @@ def agreement(votes: Tensor) -> Agreement:
 
     Args:
         votes: integer [M, K], see `vote_table`.
+        counts: [M] integer, how many steps each row stands for; None: one.
     """
+    weight = votes.new_ones(votes.shape[0]).double() if counts is None else counts.double()
     valid, flagged = (votes >= 0).sum(1).double(), (votes == 1).sum(1).double()
-    total = valid.sum().item()
-    flag_rate = flagged.sum().item() / total if total else None
-    abstained = 1 - total / votes.numel() if votes.numel() else None
-    shared = valid >= 2
-    n, c = valid[shared], flagged[shared]
+    total, cells = weight.dot(valid).item(), weight.sum().item() * votes.shape[1]
+    flag_rate = weight.dot(flagged).item() / total if total else None
+    abstained = 1 - total / cells if cells else None
+    shared = (valid >= 2) & (weight > 0)
+    n, c, weight = valid[shared], flagged[shared], weight[shared]
     if not n.numel():
         return Agreement(flag_rate, abstained, None, None)
-    observed = ((c * (c - 1) + (n - c) * (n - c - 1)) / (n * (n - 1))).mean().item()
-    p = (c.sum() / n.sum()).item()
+    pairs = (c * (c - 1) + (n - c) * (n - c - 1)) / (n * (n - 1))
+    observed = (weight.dot(pairs) / weight.sum()).item()
+    p = (weight.dot(c) / weight.dot(n)).item()
     chance = p * p + (1 - p) * (1 - p)
     # All votes alike leave kappa at 0/0.
     return Agreement(flag_rate, abstained, observed, None if chance == 1 else (observed - chance) / (1 - chance))

@@ -13,7 +13,7 @@ import capo
 from capo import backends
 
 EXTRAS = {
-    "score": ("pyarrow", "tokenizers"),
+    "score": ("pyarrow", "tokenizers", "orjson"),
     "train": ("transformers", "safetensors", "matplotlib"),
 }
 

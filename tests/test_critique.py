@@ -754,3 +754,10 @@ def test_a_new_nonce_for_every_reply_costs_nothing():
     began = time.process_time()
     assert all(parse(text, 2, nonce).flagged == (1,) for nonce, text in replies)
     assert time.process_time() - began < 1
+
+
+def test_agreement_of_counted_rows_is_that_of_the_rows_written_out():
+    rows = torch.tensor([[1, 1, 0], [0, -1, 0], [1, 0, -1], [-1, -1, -1]], dtype=torch.int8)
+    counts = torch.tensor([3, 1, 2, 0])
+    assert agreement(rows, counts) == agreement(rows.repeat_interleave(counts, 0))
+    assert agreement(rows, counts) != agreement(rows)

@@ -34,6 +34,7 @@ class JudgeReply:
         prompt_tokens: length of the prompt; 0 where the engine shares one prompt and another reply has it.
         completion_tokens: length of the reply.
         seconds: from call to reply.
+        nonce: what the prompt's tags carried; without it the text cannot be read again.
     """
 
     text: str | None
@@ -42,6 +43,7 @@ class JudgeReply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    nonce: str | None = None
 
     @property
     def state(self) -> Literal["valid", "invalid", "failed"]:
@@ -68,7 +70,7 @@ class JudgeReply:
             critique = parse(text, num_steps, nonce, trust=trust)
         except CritiqueError as problem:
             error = problem.reason.value
-        return cls(text, critique, error, prompt_tokens, completion_tokens, seconds)
+        return cls(text, critique, error, prompt_tokens, completion_tokens, seconds, nonce)
 
 
 class Judge(Protocol):
