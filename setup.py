@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,14 +40,19 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-GNinja",
+            "-S", str(ROOT), "-B", str(build), "-GNinja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCAPO_OUTPUT={output.parent}",
             f"-DCAPO_MODULE_FILE={output.name}",
         ]  # fmt: skip
-        subprocess.check_call(configure)
-        subprocess.check_call(["cmake", "--build", str(build)])
+        # Without build isolation and outside of an activated environment, its cmake and ninja are not on PATH.
+        env = os.environ | {"PATH": os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])}
+        cmake = shutil.which("cmake", path=env["PATH"])
+        if cmake is None:
+            raise SystemExit("capo: no cmake: pip install cmake ninja pybind11, or build with build isolation")
+        subprocess.check_call([cmake, *configure], env=env)
+        subprocess.check_call([cmake, "--build", str(build)], env=env)
 
 
 NATIVE = wants_native()

@@ -28,12 +28,17 @@ _choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("capo_backe
 
 @functools.cache
 def why_not(backend: str, device_type: str) -> str | None:
-    """Why a backend cannot run on a kind of device; None if it can."""
+    """Why a backend cannot run on a kind of device; None if it can.
+
+    Raises:
+        ValueError: CAPO_ISA names an instruction set that this machine lacks. (``auto`` must not step aside for that.)
+    """
     if backend == "native":
         try:
-            importlib.import_module("capo._native")
+            native = importlib.import_module("capo._native")
         except ImportError as error:
             return f"the native module is not there ({error}); reinstall with a C++ compiler"
+        native.isa()
         return None if device_type == "cpu" else f"the native module has no kernels for {device_type}"
     if backend == "triton":
         return "this version has no Triton kernels"

@@ -42,7 +42,8 @@ def doctor() -> None:
     """Show what this installation can do: backends, and why the others cannot run; optional packages."""
     from capo.doctor import report
 
-    report()
+    with _usage_errors(ValueError):
+        report()
 
 
 @app.command()

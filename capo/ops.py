@@ -268,8 +268,9 @@ def _row_floats(op: str, name: str, values: Tensor | None, logits: Tensor) -> Te
 def _row_mask(op: str, mask: Tensor | None, logits: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    _require(mask.shape == (logits.shape[0],), lambda: f"{op}: mask must be [{logits.shape[0]}], got {_about(mask)}")
-    _require(mask.device == logits.device, lambda: f"{op}: mask is on {mask.device}, logits on {logits.device}")
+    given = mask  # never None, also inside the lambdas
+    _require(given.shape == (logits.shape[0],), lambda: f"{op}: mask must be [{logits.shape[0]}], got {_about(given)}")
+    _require(given.device == logits.device, lambda: f"{op}: mask is on {given.device}, logits on {logits.device}")
     if mask.dtype != torch.bool:
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
             other = (mask != 0) & (mask != 1)

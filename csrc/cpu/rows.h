@@ -39,7 +39,8 @@ struct RowKernels {
   float (*load[3])(const void* row, int64_t index);
 };
 
-// The kernels of the best instruction set that this machine has, or of the one named in CAPO_ISA.
+// The kernels of the best instruction set that this machine has, or of the one named in CAPO_ISA; std::invalid_argument
+// if the machine has none of that name.
 const RowKernels& row_kernels();
 
 }  // namespace capo
