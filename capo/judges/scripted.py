@@ -1,7 +1,7 @@
 """A judge without a model: a checker that knows the truth, and noise of known rates on top.
 
-For tests, examples and dry runs. Replies are real text, read by the real parser, so that all that follows a judge is
-exercised as it would be by a model.
+For tests, examples and dry runs. Prompts are rendered and replies are real text, read by the real parser, so that all around
+a judge is exercised as it would be by a model. Tokens are counted in words.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
+from capo.critique import render
 from capo.judges import JudgeReply, JudgeRequest
 
 
@@ -58,18 +59,27 @@ class ScriptedJudge:
         if len(wrong) != len(request.steps):
             raise ValueError(f"ScriptedJudge: the checker gave {len(wrong)} labels for {len(request.steps)} steps")
         content = [self.seed, request.question, request.reference, *request.steps]
-        digest = hashlib.sha256(json.dumps(content).encode())
-        return [self._reply(wrong, Random(f"{digest.hexdigest()}/{vote}")) for vote in range(num_votes)]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        nonce = digest[:12]
+        prompt = render(request.question, request.reference, request.steps, nonce)
+        # All votes share the prompt, so it is paid for once.
+        lengths = [len(prompt.split())] + [0] * (num_votes - 1)
+        return [
+            self._reply(wrong, nonce, length, Random(f"{digest}/{vote}"))
+            for vote, length in zip(range(num_votes), lengths, strict=False)
+        ]
 
-    def _reply(self, wrong: Sequence[bool], rng: Random) -> JudgeReply:
+    def _reply(self, wrong: Sequence[bool], nonce: str, prompt_tokens: int, rng: Random) -> JudgeReply:
         fate = rng.random()
         if fate < self.failed:
-            return JudgeReply(text=None, critique=None, error="scripted failure")
+            return JudgeReply(text=None, critique=None, error="scripted failure", prompt_tokens=prompt_tokens)
         flips = [rng.random() < (self.missed if is_wrong else self.false_alarm) for is_wrong in wrong]
         flagged = [i for i, (is_wrong, flip) in enumerate(zip(wrong, flips, strict=True)) if bool(is_wrong) != flip]
-        nonce = f"{rng.getrandbits(48):012x}"
         write = write_garbled if fate < self.failed + self.invalid else write_critique
-        return JudgeReply.read(write(flagged, len(wrong), nonce, rng), len(wrong), nonce)
+        text = write(flagged, len(wrong), nonce, rng)
+        return JudgeReply.read(
+            text, len(wrong), nonce, prompt_tokens=prompt_tokens, completion_tokens=len(text.split())
+        )
 
 
 def write_critique(flagged: Sequence[int], num_steps: int, nonce: str | None, rng: Random) -> str:
