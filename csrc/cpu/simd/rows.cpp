@@ -153,11 +153,19 @@ RowStats stats(const void* row, int64_t size, double rate, int64_t label, bool i
   return sums(z, size, rate, top, infinite);
 }
 
+// Whether the instruction set has a fused multiply-add. Without it x * rate is rounded, too, and by another amount for
+// each x.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 template <typename T, bool kInfinite, bool kCentred>
 void grad_row(const T* z, T* out, int64_t size, const RowGrad& how) {
   // In 16 bits t is made in one multiply-add: what rounding top * rate shifts all exponents by is known and put right
   // in the factors.
-  constexpr bool kShifted = sizeof(T) == 2;
+  constexpr bool kShifted = sizeof(T) == 2 && kFused;
   const float rate = static_cast<float>(how.rate);
   const float offset = how.top * rate;
   const double shift = kShifted ? static_cast<double>(how.top) * rate - offset : 0.0;
