@@ -1,9 +1,14 @@
 """Fixtures of all tests: every device with every backend that runs there, and memory poisoned with NaN."""
 
+import os
+
 import pytest
 import torch
 
 from capo import backends
+
+# Python processes that tests start find the installed capo, not the checkout (before 3.11 the variable does nothing).
+os.environ["PYTHONSAFEPATH"] = "1"
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 PAIRS = [(device, backend) for device in DEVICES for backend in backends.available(device)]

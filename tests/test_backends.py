@@ -45,7 +45,7 @@ def test_a_backend_that_cannot_run_says_why_and_names_those_that_can():
 def test_the_environment_sets_the_default(name):
     code = "from capo import backends; print(backends.chosen('cpu'))"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-c", code],
         check=False,
         env={**os.environ, "CAPO_BACKEND": name},
         capture_output=True,

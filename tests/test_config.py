@@ -259,7 +259,7 @@ finally:
     print("transformers" in sys.modules)
 """
     path = str(written(tmp_path, "updates: 3\n"))
-    done = subprocess.run([sys.executable, "-P", "-c", code, path], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert done.stderr == "error: unknown key judge.num_vote; did you mean judge.num_votes?\n"
 
@@ -267,7 +267,7 @@ finally:
 def test_missing_libraries_are_named():
     code = "import sys; sys.modules['safetensors'] = None; from capo.cli import main; sys.argv[1:] = ['train', sys.argv[1]]; main()"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(EXAMPLES / "capo.yaml")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(EXAMPLES / "capo.yaml")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and done.stderr == "error: capo train needs safetensors: pip install 'capo[train]'\n"
 
@@ -275,6 +275,6 @@ def test_missing_libraries_are_named():
 def test_help_is_quick_and_loads_nothing_heavy():
     code = "import sys; from capo.cli import app\ntry: app(['train', '--help'])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules, 'transformers' in sys.modules, 'ruamel' in sys.modules)"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "capo train examples/arithmetic/capo.yaml" in done.stdout
     assert done.stdout.splitlines()[-1] == "False False False"

@@ -743,7 +743,7 @@ def test_count_duplicates():
 
 def test_reading_critiques_needs_no_torch():
     code = "import sys, capo.critique, capo.judges.scripted; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_new_nonce_for_every_reply_costs_nothing():

@@ -743,7 +743,7 @@ def test_options_reach_the_rule(files):
 
 
 def run_capo(arguments, **more):
-    command = [sys.executable, "-P", "-m", "capo.cli", *arguments]
+    command = [sys.executable, "-m", "capo.cli", *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, **more)
 
 
@@ -767,9 +767,7 @@ def test_locale_and_optimisation_change_nothing(files):
 
 def test_help_is_quick_and_teaches():
     code = "import sys; from capo.cli import app\ntry: app()\nfinally: print({'torch', 'pyarrow'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code, "score", "--help"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code, "score", "--help"], capture_output=True, text=True, check=True)
     assert result.stdout.rstrip().endswith("set()")
     assert "--critiques critiques.jsonl" in result.stdout and "Exit code" in result.stdout
 
@@ -778,7 +776,7 @@ def test_a_closed_pipe_is_no_traceback(files):
     files.write([GOLDEN], GOLDEN_CRITIQUES)
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run([sys.executable, "-P", "-m", "capo.cli", *files.arguments()], stdout=write, check=False,
+    result = subprocess.run([sys.executable, "-m", "capo.cli", *files.arguments()], stdout=write, check=False,
                             stderr=subprocess.PIPE, text=True, timeout=120)  # fmt: skip
     os.close(write)
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
@@ -905,7 +903,7 @@ def solutions(tmp_path_factory):
     if not SOLUTIONS.exists():
         pytest.skip("gsm8k_solutions.jsonl is not there")
     folder = tmp_path_factory.mktemp("gsm8k")
-    subprocess.run([sys.executable, "-P", str(ROOT / "examples" / "score" / "make_gsm8k.py"), str(SOLUTIONS), str(folder)],
+    subprocess.run([sys.executable, str(ROOT / "examples" / "score" / "make_gsm8k.py"), str(SOLUTIONS), str(folder)],
                    check=True, timeout=120)  # fmt: skip
     rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     model = byte_level([each["text"] for row in rows for each in row["responses"]], 2000)

@@ -349,7 +349,7 @@ def test_stop_signal_saves_once_and_the_run_goes_on_bit_for_bit(tmp_path, monkey
 def test_a_process_that_is_killed_resumes_bit_for_bit(tmp_path):
     path, log = tmp_path / "config.yaml", tmp_path / "run" / "metrics.jsonl"
     path.write_text(small(tmp_path, "updates=1000000", "threads=1").to_yaml())
-    process = subprocess.Popen([sys.executable, "-P", "-m", "capo.cli", "train", str(path)])
+    process = subprocess.Popen([sys.executable, "-m", "capo.cli", "train", str(path)])
     for _ in range(600):
         if len(read_metrics(log)) > 3:
             break
