@@ -42,7 +42,7 @@ print(capo.__file__, backends.chosen("cpu"))
 def run(*command, cwd, check=True, **env):
     done = subprocess.run(
         list(map(str, command)), check=False, cwd=cwd, env=CLEAN | env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=300,
+        timeout=900,
     )  # fmt: skip
     if check:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
