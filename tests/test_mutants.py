@@ -155,12 +155,6 @@ ROW_LOSS = [
         "nullptr ? 0.f : args.old",
     ),
     Mutant(
-        "broken row not filled with NaN",
-        NAN,
-        "if (!std::isfinite(how.alpha) ||",
-        "if (false && !std::isfinite(how.alpha) ||",
-    ),
-    Mutant(
         "logits overwritten before they are read again",
         INPLACE,
         "const Row r = read(row);",
