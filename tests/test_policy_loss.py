@@ -55,6 +55,21 @@ def test_every_option(name, dtype, device):
     check(random_batch(lengths=(20, 1, 0, 25, 14), dtype=dtype), RULES[name], device)
 
 
+def test_importance_on_policy(device):
+    check(random_batch().replace(old_logprobs=None), RULES["importance"], device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=IDS[1:])
+def test_gradients_are_rounded_to_nearest(dtype, device):
+    batch = random_batch(dtype=dtype).replace(mask=None)
+    rule = LossRule(reduce="constant", constant=1e-3)
+    _, grad = run(batch.to(device), rule)
+    _, truth = reference(batch.double(), rule)
+    info = torch.finfo(dtype)
+    allowed = 0.55 * info.eps * truth.abs() + info.smallest_normal * info.eps
+    assert bool(((grad.cpu().double() - truth).abs() <= allowed).all())
+
+
 @pytest.mark.parametrize(
     ("ratio", "reduce", "kl", "entropy", "objective", "cap", "dual"),
     [
@@ -192,6 +207,17 @@ def test_the_gradient_of_the_true_class_survives_in_confident_rows(device):
         assert float(grad[0, 5]) == pytest.approx(-rest, rel=2 * torch.finfo(dtype).eps + lost)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("level", [0.0, 777.0, 50_016.0, -60_000.0])
+def test_the_entropy_of_a_uniform_row_has_no_gradient_wherever_its_logits_lie(level, dtype, device):
+    logits = torch.full((2, 40), level).to(dtype)
+    batch = Batch(logits, torch.tensor([3, 5]), torch.zeros(2), None, torch.tensor([0, 2]), None, None, None)
+    _, grad = run(batch.to(device), LossRule(entropy_coef=1.0, reduce="constant", constant=0.1))
+    # Plain PyTorch rounds the scaled logits at their own size.
+    lost = 0.0 if capo.backends.chosen(device.type) == "native" else abs(level) * 2.0**-23
+    assert float(grad.abs().max()) <= 1e-6 + lost
+
+
 # ---- edges of the ratio
 
 
@@ -217,6 +243,12 @@ def test_a_ratio_on_the_edge_is_not_clipped_and_beyond_it_is(sign, device):
     inside = one_token(device, log_ratio=-sign * 1e-3, advantage=sign)  # the pessimistic side is never clipped
     out, grad = run(inside, LossRule(clip_low=0.0, clip_high=0.0))
     assert float(out.clip_fraction) == 0.0 and bool(grad.any())
+
+
+def test_the_dual_clip_leaves_good_tokens_alone(device):
+    out, grad = run(one_token(device, log_ratio=0.5, advantage=1.0), LossRule(clip_high=1.0, clip_dual=1.1))
+    assert float(out.clip_fraction) == 0.0 and bool(grad.any())
+    assert float(out.loss) == pytest.approx(-math.exp(0.5), rel=1e-5)
 
 
 @pytest.mark.parametrize("log_ratio", [200.0, -200.0, math.inf, -math.inf, 20.5, -20.5])
@@ -305,6 +337,32 @@ def test_a_label_of_probability_zero_has_no_gradient_through_the_ratio(on_policy
     out, grad = run(batch.to(device), LossRule())
     assert float(out.logprobs[1]) == -math.inf and bool(out.loss.isfinite())
     assert not grad[1].any() and bool(grad[0].any()) and bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "sequence_token"])
+def test_a_label_of_probability_zero_has_no_gradient_through_the_ratio_of_its_response(ratio, device):
+    batch = random_batch(lengths=(3,)).replace(mask=None, credit=torch.ones(3), old_logprobs=None)
+    batch.logits[1, batch.labels[1]] = -math.inf
+    _, grad = run(batch.to(device), LossRule(ratio=ratio))
+    assert not grad[1].any() and bool(grad[0].any()) and bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("name", ["default", "entropy"])
+def test_logits_of_minus_infinity_have_gradient_zero(name, dtype, device):
+    batch = random_batch(vocab=300, dtype=dtype).replace(mask=None, credit=torch.ones(19))
+    impossible = torch.rand(19, 300) < 0.3
+    impossible[torch.arange(19), batch.labels] = False
+    batch.logits[impossible] = -math.inf
+    _, grad = run(batch.to(device), RULES[name])
+    assert not grad.cpu()[impossible].any() and bool(grad.any())
+
+
+def test_nan_shows_in_the_loss_on_policy(device):
+    batch = random_batch().replace(mask=None, credit=torch.ones(19), old_logprobs=None)
+    batch.logits[4, 9] = math.nan
+    out, grad = run(batch.to(device), LossRule())
+    assert bool(out.loss.isnan()) and bool(grad[4].isnan().all()) and bool(grad[5:].isfinite().all())
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -1,0 +1,601 @@
+"""Mutation tests: faults put into the kernels, one at a time, each of which the other tests have to notice.
+
+Every mutant is one replacement in one file. It becomes a complete package in a folder of its own: a copy of ``capo`` with
+the native module that its sources give. The tests named beside it run there in a process of their own and must fail.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.mutants
+
+ROOT = Path(__file__).resolve().parent.parent
+CREDIT, LOSS, LOGPROBS = "test_credit.py::", "test_policy_loss.py::", "test_logprobs.py::"
+OPTIONS, REGIMES, SIZES = LOSS + "test_every_option", LOSS + "test_every_regime", LOSS + "test_every_size_of_vocabulary"
+COMBINATIONS = LOSS + "test_every_combination_equals_the_reference"
+EDGE = LOSS + "test_a_ratio_on_the_edge_is_not_clipped_and_beyond_it_is"
+EXTREME = LOSS + "test_extreme_ratios_stay_finite"
+DEAD = LOSS + "test_dead_tokens_are_not_read_and_still_count_in_the_denominator"
+NO_LABEL = LOSS + "test_a_label_of_probability_zero_has_no_gradient_through_the_ratio"
+NAN = LOSS + "test_nan_in_one_row_stays_there"
+BAD_LABEL = LOSS + "test_a_label_outside_the_vocabulary_is_named"
+INPLACE = LOSS + "test_inplace_gives_the_same_bits_in_the_memory_of_the_logits"
+WEIGHTS, RULES = CREDIT + "test_step_weights", CREDIT + "test_every_rule_equals_the_reference"
+PRODUCTS = CREDIT + "test_every_reward_with_every_normalisation"
+GOLDEN, CONSTANT = CREDIT + "test_the_golden_vector_of_the_paper", CREDIT + "test_constant_groups_have_advantage_zero"
+BAD_CREDIT = CREDIT + "test_bad_values_are_named"
+
+
+class Mutant(NamedTuple):
+    """The fault ``name``: ``old``, which stands in the file once, becomes ``new``; ``tests`` has to fail."""
+
+    name: str
+    tests: str
+    old: str
+    new: str
+
+
+TOKEN_LOSS = [
+    Mutant("clip takes the other side", EDGE, "bounded * t.advantage < ratio * ", "bounded * t.advantage > ratio * "),
+    Mutant("clip on the edge", EDGE, "bounded * t.advantage < ratio * ", "bounded * t.advantage <= ratio * "),
+    Mutant(
+        "clip bounds swapped",
+        OPTIONS,
+        "rule.ratio_low : (ratio > rule.ratio_high ? rule.ratio_high",
+        "rule.ratio_high : (ratio > rule.ratio_high ? rule.ratio_low",
+    ),
+    Mutant("no upper clip", OPTIONS, "(ratio > rule.ratio_high ? rule.ratio_high : ratio)", "ratio"),
+    Mutant("no dual clip", OPTIONS, "t.advantage < 0.f && ratio > rule.clip_dual", "false"),
+    Mutant("dual clip of good tokens", LOSS + "test_the_dual", "t.advantage < 0.f && ratio", "ratio"),
+    Mutant("gradient beyond the dual clip", OPTIONS, "out.clipped = clipped || dual", "out.clipped = clipped"),
+    Mutant("gradient of clipped tokens", OPTIONS, "const bool held = out.clipped || ", "const bool held = "),
+    Mutant("gradient beyond the limit of the ratio", EXTREME, "fabsf(t.log_ratio) > kLogRatioLimit || ", ""),
+    Mutant("gradient of a label of probability 0", NO_LABEL, " || t.logp == -INFINITY", ""),
+    Mutant("ratio without limit", EXTREME, "expf(limited(t.log_ratio))", "expf(t.log_ratio)"),
+    Mutant("cispo does not clip its gradient", COMBINATIONS, "through_logp = -bounded", "through_logp = -ratio"),
+    Mutant("cispo reports no clipping", COMBINATIONS, "out.clipped = bounded != ratio", "out.clipped = false"),
+    Mutant(
+        "importance without cap",
+        OPTIONS,
+        "fminf(expf(limited(t.mismatch)), rule.importance_cap)",
+        "expf(limited(t.mismatch))",
+    ),
+    Mutant("importance leaves out the gradient", OPTIONS, "out.through_ratio *= weight;", ""),
+    Mutant("importance leaves out the gradient of cispo", COMBINATIONS, "out.through_logp *= weight;", ""),
+    Mutant("kl sign", OPTIONS, "t.logp - t.ref_logp", "t.ref_logp - t.logp"),
+    Mutant("k1 slope sign", OPTIONS, "slope = 1.f", "slope = -1.f"),
+    Mutant("k2 slope without distance", OPTIONS, "slope = d;", "slope = 1.f;"),
+    Mutant("k3 without limit", LOSS, "const float held = limited(d)", "const float held = d"),
+    Mutant("k3 slope beyond the limit", LOSS, "fabsf(d) > kLogRatioLimit ? 0.f : -e", "-e"),
+    Mutant("k3 slope sign", OPTIONS, "0.f : -e", "0.f : e"),
+    Mutant("kl slope without coefficient", OPTIONS, "rule.kl_coef * slope", "slope"),
+    Mutant("entropy sign in the loss", OPTIONS, "out.loss -= rule.entropy", "out.loss += rule.entropy"),
+]
+
+ROW_LOSS = [
+    Mutant("no off-label gradient", OPTIONS, "s * (h * mean - g) / sum", "0.0"),
+    Mutant("off-label gradient flipped", OPTIONS, "s * (h * mean - g) / sum", "s * (h * mean + g) / sum"),
+    Mutant("label gradient halved", OPTIONS, "s * (g * -std::expm1", "s * (0.5 * g * -std::expm1"),
+    Mutant("entropy sign in the gradient", OPTIONS, "h = -static_cast<double>", "h = static_cast<double>"),
+    Mutant("entropy not centred", OPTIONS, "s * (h * mean - g)", "s * -g"),
+    Mutant("entropy not centred at the label", OPTIONS, "std::log(sum) - mean : 0.0", "std::log(sum) : 0.0"),
+    Mutant("no entropy gradient", OPTIONS, "how.beta = -s * h * kLn2 / sum", "how.beta = 0.0"),
+    Mutant("entropy without its second term", OPTIONS, "log_sum - result.stats.centred / result.stats.sum", "log_sum"),
+    Mutant("temperature dropped in the gradient", OPTIONS, "s = 1.0 / args.rule.temperature", "s = 1.0"),
+    Mutant("temperature dropped in logp", LOGPROBS, "1.0 / (kLn2 * temperature)", "(void(temperature), 1.0 / kLn2)"),
+    Mutant("mask ignored", OPTIONS, "return args.mask == nullptr || args.mask[row];", "return row >= 0;"),
+    Mutant(
+        "mask shifted by one",
+        OPTIONS,
+        "|| args.mask[row]; }",
+        "|| args.mask[std::max<int64_t>(row, 1) - 1]; }",
+    ),
+    Mutant("masked labels checked", LOSS + "test_poison", "(mask == nullptr || mask[i]) && (", "(mask == mask) && ("),
+    Mutant("label bound one too high", BAD_LABEL, "labels[i] >= vocab", "labels[i] > vocab"),
+    Mutant("negative labels accepted", BAD_LABEL, "labels[i] < 0 || labels[i]", "labels[i]"),
+    Mutant(
+        "masked tokens in the denominator",
+        OPTIONS,
+        "if (!active(row)) continue;\n        ++counts[i];",
+        "++counts[i];\n        if (!active(row)) continue;",
+    ),
+    Mutant(
+        "dead tokens not in the denominator",
+        DEAD,
+        "++counts[i];",
+        "counts[i] += args.advantages[row] != 0.f;",
+    ),
+    Mutant("dead tokens read", DEAD, "other_terms || args.advantages[row] != 0.f;", "true;"),
+    Mutant(
+        "kl of tokens without advantage dropped",
+        LOSS + "test_with_kl_or_entropy_no_unmasked_token_is_dead",
+        "rule.kl != Kl::kNone || rule.entropy_coef != 0.f",
+        "rule.entropy_coef != 0.f",
+    ),
+    Mutant("one response too few", OPTIONS, "static_cast<double>(args.responses))", "(args.responses - 1.0))"),
+    Mutant("token mean over all rows", OPTIONS, "1.0 / static_cast<double>(num_active)", "1.0 / args.rows"),
+    Mutant("constant ignored", OPTIONS, "static_cast<double>(args.rule.constant)", "static_cast<double>(num_active)"),
+    Mutant("dead tokens of a live response skipped", OPTIONS, "!= Ratio::kToken && any)", "!= Ratio::kToken && !any)"),
+    Mutant("sequence ratio not averaged", OPTIONS, "total / static_cast<double>(counts[i])", "total"),
+    Mutant(
+        "sequence gradient of the own token only",
+        OPTIONS,
+        "args.rule.ratio == Ratio::kSequenceToken",
+        "args.rule.ratio != Ratio::kToken",
+    ),
+    Mutant(
+        "sequence gradient not averaged", OPTIONS, "through_ratio / static_cast<double>(counts[i])", "through_ratio"
+    ),
+    Mutant(
+        "sequence gradient of a label of probability 0",
+        NO_LABEL,
+        "live[row] && rows[row].logp != -std::numeric_limits<float>::infinity()",
+        "live[row]",
+    ),
+    Mutant("NaN hidden on-policy", LOSS + "test_nan_shows", "0.f + (std::isnan(logp) ? logp : 0.f)", "0.f"),
+    Mutant("mismatch against the new policy", OPTIONS, "old - args.rollout", "logp - args.rollout"),
+    Mutant(
+        "on-policy mismatch without logp",
+        LOSS + "test_importance_on_policy",
+        "nullptr ? logp : args.old",
+        "nullptr ? 0.f : args.old",
+    ),
+    Mutant(
+        "logits overwritten before they are read again",
+        INPLACE,
+        "const Row r = read(row);",
+        "const Row r = read(row);\n        if (args.grad != nullptr) kernels.fill[type](grad(row), args.vocab, 0.f);",
+    ),
+    Mutant(
+        "gradient of dead rows not written",
+        OPTIONS,
+        "if (args.grad != nullptr) kernels.fill[type]",
+        "if (false) kernels.fill[type]",
+    ),
+    Mutant("kl averaged over all rows", OPTIONS, "total_kl / active_or_one", "total_kl / args.rows"),
+    Mutant(
+        "masked rows read by logprobs",
+        LOGPROBS + "test_masked",
+        "|| args.mask[row])\n        result",
+        "|| true)\n        result",
+    ),
+    Mutant("masked rows take the row before", LOGPROBS + "test_masked", "      result = {};\n", ""),
+]
+
+ROWS = [
+    Mutant(
+        "last logits not in the sum", SIZES, "for (; i < last; i += kPair)", "for (; i + kPair <= last; i += kPair)"
+    ),
+    Mutant(
+        "last logits not in the maximum",
+        REGIMES,
+        "for (; i < size; i += kPair)",
+        "for (; i + kPair <= size; i += kPair)",
+    ),
+    Mutant("last gradients not written", SIZES, "if (i < size) part(i, size - i);", ""),
+    Mutant("first guess of the top is final", REGIMES, "result.sum > 0.0 && result.sum < 0x1p24", "true"),
+    Mutant("label not in the guess of the top", REGIMES, "if (at_label > top) top = at_label;", ""),
+    Mutant("-inf not held", REGIMES, "if constexpr (kHeld || !kAnyExponent) d = hold", "if constexpr (false) d = hold"),
+    Mutant(
+        "-inf not held in the gradient",
+        REGIMES,
+        "if constexpr (kInfinite || !kAnyExponent) t = hold",
+        "if constexpr (false) t = hold",
+    ),
+    Mutant(
+        "gradient of -inf not 0",
+        LOSS + "test_logits_of_minus_infinity",
+        "if constexpr (!kAnyExponent) g = t <",
+        "if constexpr (false) g = t <",
+    ),
+    Mutant(
+        "row of -inf not NaN",
+        LOSS + "test_a_row_of_minus",
+        '{top, std::nan(""), std::nan(""), true}',
+        "{top, 1.0, 0.0, true}",
+    ),
+    Mutant("16 bits without shift of the factors", REGIMES, "back = std::exp2(-shift)", "back = 1.0"),
+    Mutant(
+        "16 bits without shift of the entropy term",
+        LOSS + "test_the_entropy_of_a_uniform_row",
+        "how.alpha - how.beta * shift",
+        "how.alpha",
+    ),
+    Mutant("NaN filled with 0", NAN, "store_one(p + i, value)", "store_one(p + i, 0.f)"),
+    Mutant("label gradient not written", OPTIONS, "store_one(out + how.label, how.label_grad);", ""),
+]
+
+VECTORS = [
+    Mutant(
+        "even and odd logits swapped", OPTIONS, "put(p, low | high, stream)", "put(p, low << 16 | high >> 16, stream)"
+    ),
+    Mutant(
+        "bfloat16 truncated",
+        LOSS + "test_gradients_are_rounded",
+        "(bit_cast<vu>(even) + 0x8000u) >> 16",
+        "bit_cast<vu>(even) >> 16",
+    ),
+    Mutant(
+        "half truncated", LOSS + "test_gradients_are_rounded", "rebiased + 0xfffu + ((rebiased >> 13) & 1u)", "rebiased"
+    ),
+    Mutant("half of the lanes lost in float64", OPTIONS, "const half_vd both = low + high", "const half_vd both = low"),
+    Mutant("low precision of the exponential", OPTIONS, "0.24022242426872253f", "0.24032242426872253f"),
+]
+
+VOTES = [
+    Mutant("a tie is no majority", WEIGHTS, "2 * c >= n", "2 * c > n"),
+    Mutant("a tie is a strict majority", WEIGHTS, "2 * c > n", "2 * c >= n"),
+    Mutant("abstentions count as clear", WEIGHTS, "n += votes[k] >= 0", "n += 1"),
+    Mutant("abstentions count as flags", WEIGHTS, "c += votes[k] > 0", "c += votes[k] != 0"),
+    Mutant("intersection is union", WEIGHTS, "return c == n", "return c >= 1"),
+    Mutant("union is intersection", WEIGHTS, "return c >= 1", "return c == n"),
+    Mutant("average over absent votes", WEIGHTS, "static_cast<double>(n);", "static_cast<double>(count);"),
+    Mutant("a step without votes is flagged", WEIGHTS, "if (n == 0) return 0.0;", ""),
+]
+
+ADVANTAGES = [
+    Mutant(
+        "steps end one token early",
+        GOLDEN,
+        "run(args.starts[s], args.ends[s], base -",
+        "run(args.starts[s], args.ends[s] - 1, base -",
+    ),
+    Mutant(
+        "steps start one token late",
+        GOLDEN,
+        "run(token, args.starts[s], base);\n        run(args.starts[s],",
+        "run(token, args.starts[s] + 1, base);\n        run(args.starts[s] + 1,",
+    ),
+    Mutant(
+        "steps begin and end one token early",
+        GOLDEN,
+        "token = args.ends[s];\n      }\n      run",
+        "token = args.ends[s] - 1;\n      }\n      run",
+    ),
+    Mutant(
+        "flagged steps are rewarded",
+        GOLDEN,
+        "base - rule.process_weight * weights[s]",
+        "base + rule.process_weight * weights[s]",
+    ),
+    Mutant(
+        "sample deviation of tokens",
+        GOLDEN,
+        "std::sqrt(squares / static_cast<double>(count))",
+        "std::sqrt(squares / (count - 1.0))",
+    ),
+    Mutant(
+        "population deviation of responses",
+        RULES,
+        "const Moments moments(means, 1.0)",
+        "const Moments moments(means, 0.0)",
+    ),
+    Mutant(
+        "mean over runs, not tokens",
+        GOLDEN,
+        "range.add(r);\n        sum += static_cast<double>(last - first) * r;",
+        "range.add(r);\n        sum += first < last ? r : 0.0;",
+    ),
+    Mutant(
+        "constant tokens not noticed",
+        CONSTANT,
+        "if (range.constant()) return;\n    const double mean",
+        "const double mean",
+    ),
+    Mutant("constant responses not noticed", CONSTANT, "if (tokens.constant_but_rounding()) return;", ""),
+    Mutant(
+        "rounding of means amplified",
+        RULES,
+        "if (among_means.constant_but_rounding()) return;",
+        "if (among_means.constant()) return;",
+    ),
+    Mutant(
+        "constant step rewards not noticed",
+        CONSTANT,
+        "if (range.constant()) return;\n    const Moments",
+        "const Moments",
+    ),
+    Mutant("undecided outcomes stay", CREDIT + "test_an_undecided", "if (!std::isnan(args.outcomes[order[i]])) ", ""),
+    Mutant(
+        "undecided is wrong",
+        CREDIT + "test_an_undecided",
+        "if (!std::isnan(args.outcomes[order[i]])) members.push_back(order[i]);",
+        "{ float& x = const_cast<float*>(args.outcomes)[order[i]]; if (std::isnan(x)) x = 0.f; "
+        "members.push_back(order[i]); }",
+    ),
+    Mutant("groups mixed", CREDIT + "test_groups", "args.groups[order[last]] == args.groups[order[first]]", "true"),
+    Mutant(
+        "groups only if adjacent", CREDIT + "test_groups", "return args.groups[a] < args.groups[b];", "return a < b;"
+    ),
+    Mutant("half a vote does not flag", RULES, "weights[s] < 0.5", "weights[s] <= 0.5"),
+    Mutant("prefix up to the end of the error", RULES, "? args.starts[s] : last", "? args.ends[s] : last"),
+    Mutant("flawed are the clear ones", RULES, "? c - p : c)", "? c : c - p)"),
+    Mutant("outcome 0 is right", RULES, "args.outcomes[i] > 0.f", "args.outcomes[i] >= 0.f"),
+    Mutant(
+        "steps looked at without weight",
+        CREDIT + "test_without_process_weight",
+        "rule.reward == Reward::kStep && rule.process_weight > 0.0",
+        "rule.reward == Reward::kStep",
+    ),
+    Mutant("floor added to the deviation", PRODUCTS, "std::max(std, rule.std_floor)", "(std + rule.std_floor)"),
+    Mutant(
+        "clamp of one side",
+        PRODUCTS,
+        "std::clamp(advantage, -rule.clamp, rule.clamp)",
+        "std::min(advantage, rule.clamp)",
+    ),
+    Mutant("leave one out leaves none out", RULES, "(sum - means[k]) / (count - 1.0)", "sum / count"),
+    Mutant(
+        "a step's own reward left out",
+        RULES,
+        "put(args.ends[s], end, sum);\n        sum += (step_reward(i, s) - offset[i]) * factor[i];",
+        "sum += (step_reward(i, s) - offset[i]) * factor[i];\n        put(args.ends[s], end, sum);",
+    ),
+    Mutant("no steps, no share", RULES, "count == 0 ? 1.0", "count == 0 ? 0.0"),
+    Mutant("shares of the wrong responses", RULES, "if (!right(i)) continue;", ""),
+    Mutant("steps beyond their response", BAD_CREDIT, " || a.ends[s] > a.cu_seqlens[i + 1]", ""),
+    Mutant("steps overlap", BAD_CREDIT, "a.starts[s] < token || ", ""),
+    Mutant("votes above 1", BAD_CREDIT, "low >= -1 && high <= 1", "low >= -1"),
+]
+
+CALLS = [
+    Mutant("order of the votes", WEIGHTS, '("majority", "strict_majority",', '("strict_majority", "majority",'),
+    Mutant("order of the normalisations", PRODUCTS, '("group_tokens", "group_mean",', '("group_mean", "group_tokens",'),
+    Mutant("order of the kl estimators", OPTIONS, '("none", "k1", "k2", "k3")', '("none", "k2", "k1", "k3")'),
+    Mutant(
+        "order of the ratios",
+        OPTIONS,
+        '("token", "sequence", "sequence_token")',
+        '("token", "sequence_token", "sequence")',
+    ),
+    Mutant("clip widths swapped", OPTIONS, "_float32(1 - clip_low)", "_float32(1 - clip_high)"),
+    Mutant(
+        "row stride ignored",
+        LOGPROBS + "test_strided",
+        "logits.stride(0),\n        _DTYPES.index(logits.dtype),\n        rows,\n        vocab,\n"
+        "        _address(labels)",
+        "vocab,\n        _DTYPES.index(logits.dtype),\n        rows,\n        vocab,\n        _address(labels)",
+    ),
+]
+
+OPS = [
+    Mutant(
+        "old log-probabilities ignored",
+        OPTIONS,
+        '_row_floats("policy_loss", "old_logprobs", old_logprobs, logits)',
+        "None",
+    ),
+    Mutant(
+        "upstream gradient dropped",
+        LOSS + "test_upstream",
+        "return grad_logits.mul_(grad_loss), None, None",
+        "return grad_logits, None, None",
+    ),
+    Mutant(
+        "upstream gradient dropped by compile",
+        LOSS + "test_compile_without",
+        "(grad_logits * grad_loss, *",
+        "(grad_logits, *",
+    ),
+    Mutant("mask inverted", OPTIONS, "return mask.contiguous()", "return ~mask.contiguous()"),
+    Mutant("numbers as mask inverted", LOSS + "test_kinds", "mask = mask != 0", "mask = mask == 0"),
+    Mutant(
+        "version not raised in place",
+        LOSS + "test_inplace_is_noticed",
+        "torch.autograd.graph.increment_version(logits)",
+        "pass",
+    ),
+]
+
+FILES = {
+    "csrc/common/policy_loss.h": TOKEN_LOSS,
+    "csrc/cpu/policy_loss.cpp": ROW_LOSS,
+    "csrc/cpu/simd/rows.cpp": ROWS,
+    "csrc/cpu/simd/vec.h": VECTORS,
+    "csrc/common/credit.h": VOTES,
+    "csrc/cpu/credit.cpp": ADVANTAGES,
+    "capo/native.py": CALLS,
+    "capo/ops.py": OPS,
+}
+
+MUTANTS = {f"{Path(file).name}: {mutant.name}": (file, mutant) for file, mutants in FILES.items() for mutant in mutants}
+
+# Object files of the native module, and which of them a header goes into that is not compiled by itself.
+SOURCES = ["bindings.cpp", "cpu/credit.cpp", "cpu/dispatch.cpp", "cpu/policy_loss.cpp", "cpu/simd/rows.cpp"]
+INCLUDED_BY = {
+    "common/policy_loss.h": "cpu/policy_loss.cpp",
+    "common/credit.h": "cpu/credit.cpp",
+    "cpu/simd/vec.h": "cpu/simd/rows.cpp",
+}
+
+WORKERS = min(2, os.cpu_count() or 1)
+SECONDS = 240  # for one run of the tests
+
+# Imports what takes long, then runs pytest in a fork of itself for every line of its input: the folder of the package,
+# the file for the output, the limit in seconds and the arguments. Exit status 70: not that package was in use.
+RUN = """
+import json, os, signal, sys
+import pytest, torch
+
+def run(package, arguments):
+    sys.path.insert(0, package)
+    try:
+        import capo._native
+    except ImportError as error:
+        print(error)
+        return 70
+    if not all(module.__file__.startswith(package) for module in (capo, capo._native)):
+        return 70
+    return int(pytest.main(arguments))
+
+for line in sys.stdin:
+    package, output, seconds, *arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1), os.dup2(file, 2)
+        status = run(package, arguments)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def compiler() -> str:
+    """The C++ compiler; skips the tests where something is missing to build with."""
+    if not hasattr(os, "fork"):
+        pytest.skip("mutants run in forks, which this system does not have")
+    found = next(filter(shutil.which, os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]), None)
+    if found is None:
+        pytest.skip("no C++ compiler to build mutants with: install g++ or clang++, or set CXX")
+    if importlib.util.find_spec("pybind11") is None:
+        pytest.skip("no pybind11 to build mutants with: pip install pybind11")
+    return found
+
+
+def execute(command: list) -> None:
+    """Run a command; its messages become the error if it fails."""
+    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command} gave {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+class Factory:
+    """Builds packages in ``folder``: a copy of ``capo`` each, with the module of its own sources."""
+
+    def __init__(self, folder: Path, cxx: str):
+        import pybind11
+
+        self.folder, self.cxx = folder, cxx
+        self.includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+        self.module = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
+        self.sources = [*SOURCES, *(f"text/{path.name}" for path in (ROOT / "csrc/text").glob("*.cpp"))]
+        self.runners: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+        for _ in range(WORKERS):
+            self.runners.put(
+                subprocess.Popen(
+                    [sys.executable, "-c", RUN], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+        self.pool = ThreadPoolExecutor(WORKERS)
+        objects = self.pool.map(lambda source: self.compile(ROOT / "csrc", source, folder), self.sources)
+        self.objects = dict(zip(self.sources, objects, strict=True))
+        self.clean = self.package("clean")
+        self.link(self.objects, self.clean)
+
+    def compile(self, csrc: Path, source: str, folder: Path) -> Path:
+        """The object file of a source, for the plainest instruction set only."""
+        output = folder / source.replace("/", "_").replace(".cpp", ".o")
+        flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-DCAPO_ISA=baseline"]
+        row_flags = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+        flags += row_flags if "simd" in source else ["-ffp-contract=off"]
+        includes = [f"-I{path}" for path in (csrc, *self.includes)]
+        execute([self.cxx, *flags, *includes, "-c", csrc / source, "-o", output])
+        return output
+
+    def link(self, objects: dict[str, Path], package: Path) -> None:
+        """Make the native module of a package."""
+        target = package / "capo" / self.module
+        execute([self.cxx, "-shared", "-pthread", *objects.values(), "-o", target])
+
+    def package(self, name: str) -> Path:
+        """A copy of the Python files, laid out as they are installed."""
+        folder = self.folder / name
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
+        shutil.copytree(ROOT / "capo", folder / "capo", ignore=ignore)
+        shutil.copytree(ROOT / "kernels", folder / "capo/kernels", ignore=ignore)
+        return folder
+
+    def mutate(self, number: int, file: str, mutant: Mutant) -> Path:
+        """The package with one fault in it."""
+        package = self.package(f"mutant{number}")
+        if file.startswith("csrc/"):
+            shutil.copytree(ROOT / "csrc", package / "csrc")
+        text = (package / file).read_text(encoding="utf-8")
+        assert text.count(mutant.old) == 1, f"{file} has {mutant.old!r} {text.count(mutant.old)} times instead of once"
+        (package / file).write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        if file.startswith("csrc/"):
+            source = file.removeprefix("csrc/")
+            source = INCLUDED_BY.get(source, source)
+            self.link({**self.objects, source: self.compile(package / "csrc", source, package)}, package)
+        else:
+            shutil.copy(self.clean / "capo" / self.module, package / "capo")
+        return package
+
+    def run(self, package: Path, file: str, names: str) -> tuple[int, str]:
+        """Exit status and output of the tests in a file whose names fit."""
+        names = f"({names}) and cpu-native" if names else "cpu-native"
+        arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore", "-k", names, f"tests/{file}"]
+        output = package / "output.txt"
+        runner = self.runners.get()
+        try:
+            print(json.dumps([str(package), str(output), SECONDS, *arguments]), file=runner.stdin, flush=True)
+            status = int(runner.stdout.readline())
+        finally:
+            self.runners.put(runner)
+        return status, output.read_text(encoding="utf-8", errors="replace")[-4000:]
+
+    def close(self) -> None:
+        """End the workers and the processes of the tests."""
+        self.pool.shutdown(cancel_futures=True)
+        while not self.runners.empty():
+            runner = self.runners.get()
+            runner.stdin.close()  # ends it
+            runner.wait()
+            runner.stdout.close()
+
+    def try_out(self, number: int, file: str, mutant: Mutant) -> tuple[int, str]:
+        """Exit status and output of the tests of a mutant."""
+        package = self.mutate(number, file, mutant)
+        result = self.run(package, *mutant.tests.split("::"))
+        shutil.rmtree(package)
+        return result
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory):
+    factory = Factory(tmp_path_factory.mktemp("mutants"), compiler())
+    yield factory
+    factory.close()
+
+
+@pytest.fixture(scope="module")
+def results(factory, request):
+    """What becomes of each mutant that was asked for; they are tried in the background, all at once."""
+    names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    return {
+        name: factory.pool.submit(factory.try_out, number, *MUTANTS[name])
+        for number, name in enumerate(n for n in names if n in MUTANTS)
+    }
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_tests_notice(name, results, record_property):
+    status, output = results[name].result()
+    assert status != 0, f"{MUTANTS[name]} survives:\n{output}"
+    assert status == 1 or (status < 0 and status != -signal.SIGALRM), f"the tests did not run ({status}):\n{output}"
+    if status < 0:
+        record_property("signal", -status)
+        print(f"killed by signal {-status}")
+
+
+@pytest.mark.parametrize("name", sorted({mutant.tests.split("::")[0] for _, mutant in MUTANTS.values()}))
+def test_the_same_tests_pass_without_a_fault(name, factory):
+    names = {mutant.tests.split("::")[1] for _, mutant in MUTANTS.values() if mutant.tests.startswith(name)}
+    status, output = factory.run(factory.clean, name, "" if "" in names else " or ".join(sorted(names)))
+    assert status == 0, output
