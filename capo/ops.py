@@ -90,9 +90,9 @@ _lib.define(f"policy_loss_(Tensor(a!) logits, {_POLICY_LOSS_ARGS}) -> (Tensor, T
 
 @torch.library.impl(_lib, "policy_loss", "CompositeExplicitAutograd")
 def _policy_loss(logits, *args):
-    need_grad = args[7]
-    grad = logits.new_empty(logits.shape if need_grad else (0,))
-    return (*kernel("policy_loss", logits.device)(logits, grad if need_grad else None, *args[:7], *args[8:]), grad)
+    grad = kernel("new_gradient", logits.device)(logits) if args[7] else None
+    metrics = kernel("policy_loss", logits.device)(logits, grad, *args[:7], *args[8:])
+    return (*metrics, logits.new_empty(0) if grad is None else grad)
 
 
 @torch.library.impl(_lib, "policy_loss_", "CompositeExplicitAutograd")

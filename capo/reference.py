@@ -362,12 +362,16 @@ def live_tokens(advantages: Tensor, active: Tensor, response: Tensor, num_respon
     return alive[response]
 
 
-# ---- the functions of a backend: plain tensors in and out, gradients made here
+# ---- the functions of a backend: plain tensors in and out. Gradients go into ``grad``: zeros, the logits, or None.
 
 
 def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_tokens, *rule):
     check_credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, num_tokens)
     return token_advantages(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, CreditRule(*rule)).float()
+
+
+def new_gradient(logits):
+    return torch.zeros_like(logits, memory_format=torch.contiguous_format)
 
 
 def policy_loss(

@@ -86,8 +86,8 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "policy_loss",
-      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, int dtype, int64_t rows,
-         int64_t vocab, int64_t responses, Address labels, Address advantages, Address old_logprobs,
+      [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, bool grad_is_zero, int dtype,
+         int64_t rows, int64_t vocab, int64_t responses, Address labels, Address advantages, Address old_logprobs,
          Address ref_logprobs, Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low,
          float ratio_high, float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl,
          float entropy_coef, float temperature, int objective, float importance_cap, Address loss, Address logprobs_out,
@@ -97,6 +97,7 @@ PYBIND11_MODULE(_native, m) {
         args.logits_stride = logits_stride;
         args.grad = pointer<void>(grad);
         args.grad_stride = grad_stride;
+        args.grad_is_zero = grad_is_zero;
         args.dtype = static_cast<Dtype>(dtype);
         args.rows = rows;
         args.vocab = vocab;

@@ -7,9 +7,6 @@
 #include <vector>
 
 #include "common/parallel.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace capo {
 namespace {
@@ -137,9 +134,13 @@ class Pass {
   const void* logits(int64_t row) const { return row_at(args.logits, row, args.logits_stride, args.dtype); }
   void* grad(int64_t row) const { return row_at(args.grad, row, args.grad_stride, args.dtype); }
 
+  void fill_zero(int64_t row) {
+    if (!args.grad_is_zero) kernels.fill[type](grad(row), args.vocab, 0.f, stream);
+  }
+
   void clear(int64_t row) {
     args.logprobs[row] = args.entropy[row] = 0.f;
-    if (args.grad != nullptr) kernels.fill[type](grad(row), args.vocab, 0.f);
+    if (args.grad != nullptr) fill_zero(row);
   }
 
   Row read(int64_t row) {
@@ -177,7 +178,7 @@ class Pass {
     const double s = 1.0 / args.rule.temperature, sum = r.stats.sum, mean = kLn2 * r.stats.centred / sum;
     const double h = -static_cast<double>(args.rule.entropy_coef) * weight(row);
     if (g == 0.0 && h == 0.0) {
-      kernels.fill[type](grad(row), args.vocab, 0.f);
+      fill_zero(row);
       return;
     }
     const double p = std::exp(static_cast<double>(r.logp));
@@ -192,7 +193,7 @@ class Pass {
     how.label_grad = static_cast<float>(s * (g * -std::expm1(static_cast<double>(r.logp)) - h * p * centred_label));
     how.stream = stream;
     if (!std::isfinite(how.alpha) || !std::isfinite(how.beta) || !std::isfinite(how.label_grad)) {
-      kernels.fill[type](grad(row), args.vocab, std::numeric_limits<float>::quiet_NaN());
+      kernels.fill[type](grad(row), args.vocab, std::numeric_limits<float>::quiet_NaN(), stream);
       return;
     }
     kernels.grad[type](logits(row), grad(row), args.vocab, how);
@@ -277,24 +278,11 @@ class Pass {
   }
 };
 
-// Fresh memory is handed out by the kernel page by page at the first write; large pages make that several times
-// cheaper.
-void prefer_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (address + kPage - 1) & ~(kPage - 1), last = (address + bytes) & ~(kPage - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 bool policy_loss(const PolicyLossArgs& args) {
   if (!cumulative(args.cu_seqlens, args.responses, args.rows)) return false;
   if (!labels_fit(args.labels, args.mask, args.rows, args.vocab)) return false;
-  if (args.grad != nullptr && args.grad != args.logits)
-    prefer_large_pages(args.grad, args.rows * args.grad_stride * size_of(args.dtype));
   Pass(args).run();
   return true;
 }

@@ -12,7 +12,8 @@ struct PolicyLossArgs {
   int64_t logits_stride;
   void* grad;  // [N, V], may be the logits; null: no gradient wanted
   int64_t grad_stride;
-  Dtype dtype;  // of both
+  bool grad_is_zero;  // rows without a gradient need no writing
+  Dtype dtype;        // of both
   int64_t rows, vocab, responses;
   const int64_t* labels;          // [N]
   const float* advantages;        // [N]

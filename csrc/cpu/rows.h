@@ -35,7 +35,7 @@ struct RowKernels {
   // in its result.
   RowStats (*stats[3])(const void* row, int64_t size, double rate, int64_t label, bool infinite);
   void (*grad[3])(const void* row, void* grad, int64_t size, const RowGrad& how);
-  void (*fill[3])(void* grad, int64_t size, float value);
+  void (*fill[3])(void* grad, int64_t size, float value, bool stream);
   float (*load[3])(const void* row, int64_t index);
 };
 

@@ -219,13 +219,22 @@ void grad(const void* row, void* out, int64_t size, const RowGrad& how) {
 }
 
 template <typename T>
-void fill(void* out, int64_t size, float value) {
+void fill(void* out, int64_t size, float value, bool stream) {
+  constexpr int64_t kWhole = kLanes * 4 / sizeof(T);  // elements in one vector
+  T element, elements[kWhole];
+  store_one(&element, value);
+  std::fill(elements, elements + kWhole, element);
+  vf whole;
+  std::memcpy(&whole, elements, sizeof(whole));
   T* p = static_cast<T*>(out);
-  if (value == 0.f) {
-    std::memset(p, 0, size * sizeof(T));
-    return;
-  }
-  for (int64_t i = 0; i < size; ++i) store_one(p + i, value);
+  int64_t i = 0;
+  if (stream)
+    for (; i < size && reinterpret_cast<uintptr_t>(p + i) % kLine != 0; ++i) p[i] = element;
+  for (; i + kWhole <= size; i += kWhole) put(p + i, whole, stream);
+  for (; i < size; ++i) p[i] = element;
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();
+#endif
 }
 
 template <typename T>
