@@ -296,13 +296,6 @@ ADVANTAGES = [
         "if (range.constant()) return;\n    const double mean",
         "const double mean",
     ),
-    Mutant("constant responses not noticed", CONSTANT, "if (tokens.constant_but_rounding()) return;", ""),
-    Mutant(
-        "rounding of means amplified",
-        RULES,
-        "if (among_means.constant_but_rounding()) return;",
-        "if (among_means.constant()) return;",
-    ),
     Mutant(
         "constant step rewards not noticed",
         CONSTANT,
