@@ -296,13 +296,6 @@ ADVANTAGES = [
         "if (range.constant()) return;\n    const double mean",
         "const double mean",
     ),
-    Mutant("constant responses not noticed", CONSTANT, "if (tokens.constant_but_rounding()) return;", ""),
-    Mutant(
-        "rounding of means amplified",
-        RULES,
-        "if (among_means.constant_but_rounding()) return;",
-        "if (among_means.constant()) return;",
-    ),
     Mutant(
         "constant step rewards not noticed",
         CONSTANT,
@@ -325,12 +318,6 @@ ADVANTAGES = [
     Mutant("prefix up to the end of the error", RULES, "? args.starts[s] : last", "? args.ends[s] : last"),
     Mutant("flawed are the clear ones", RULES, "? c - p : c)", "? c : c - p)"),
     Mutant("outcome 0 is right", RULES, "args.outcomes[i] > 0.f", "args.outcomes[i] >= 0.f"),
-    Mutant(
-        "steps looked at without weight",
-        CREDIT + "test_without_process_weight",
-        "rule.reward == Reward::kStep && rule.process_weight > 0.0",
-        "rule.reward == Reward::kStep",
-    ),
     Mutant("floor added to the deviation", PRODUCTS, "std::max(std, rule.std_floor)", "(std + rule.std_floor)"),
     Mutant(
         "clamp of one side",
