@@ -374,3 +374,21 @@ def test_the_op_passes_opcheck(device):
         int(credit.cu_seqlens[-1]), *capo.ops._fields(credit.rule),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.capo.credit.default, args)
+
+
+@pytest.mark.parametrize("normalize", ["responses", "responses_mean", "leave_one_out", "group_tokens", "group_mean"])
+@pytest.mark.parametrize("size", [7, 10])
+def test_equal_rewards_that_are_no_round_numbers_give_exactly_zero(normalize, size, device):
+    rule = CreditRule(normalize=normalize, outcome_weight=1.0)
+    for outcome in (0.1, 1 / 3, 0.7):
+        credit = make([outcome] * size, [[1, 2]] * size, [0] * 2 * size, rule=rule)
+        assert not moved(credit, device).advantages().any()
+
+
+def test_means_that_differ_by_rounding_only_are_equal(device):
+    # Rewards 0.1 and 0.1 - 0.3 in shares 1:2 and 2:4: the same mean but for the order of additions.
+    rule = CreditRule(normalize="responses", outcome_weight=1.0, process_weight=0.3)
+    steps = [[1, 2], [1, 1, 2, 2], [1, 1, 1, 2, 2, 2], [2, 1], [4, 2]]
+    flags = [0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0]
+    credit = make([0.1] * 5, steps, flags, rule=rule)
+    assert not moved(credit, device).advantages().any()

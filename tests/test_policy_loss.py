@@ -743,3 +743,14 @@ def test_kinds_of_mask_and_of_advantages(kind, device):
 
 def test_lengths_to_cu():
     assert lengths_to_cu([2, 0, 3]).tolist() == [0, 2, 2, 5]
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "sequence_token"])
+def test_a_label_of_probability_zero_leaves_its_neighbours_their_gradient(ratio, device):
+    batch = random_batch(lengths=(4,)).replace(mask=None, credit=torch.tensor([1.0, -0.5, 2.0, 0.3]), old_logprobs=None)
+    batch.logits[1, batch.labels[1]] = -math.inf
+    rule = LossRule(ratio=ratio)
+    _, grad = run(batch.to(device), rule)
+    _, expected = reference(batch.double(), rule)
+    torch.testing.assert_close(grad.cpu().double(), expected, rtol=1e-5, atol=1e-8)
+    assert not grad[1].any() and bool(grad[0].any())

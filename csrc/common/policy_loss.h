@@ -63,8 +63,9 @@ CAPO_HD TokenTerms token_terms(const TokenInput& t, const LossRule& rule) {
     const bool dual = t.advantage < 0.f && ratio > rule.clip_dual;
     out.clipped = clipped || dual;
     out.loss = -(dual ? rule.clip_dual : clipped ? bounded : ratio) * t.advantage;
-    // A label of probability 0 has no gradient through the ratio.
-    const bool held = out.clipped || fabsf(t.log_ratio) > kLogRatioLimit || t.logp == -INFINITY;
+    // A label of probability 0 has no gradient through a ratio of its own.
+    const bool impossible = t.logp == -INFINITY && rule.ratio != Ratio::kSequence;
+    const bool held = out.clipped || fabsf(t.log_ratio) > kLogRatioLimit || impossible;
     out.through_ratio = held ? 0.f : -ratio * t.advantage;
   }
   if (rule.importance_cap >= 0.f) {
