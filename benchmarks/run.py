@@ -92,7 +92,7 @@ def machine() -> dict[str, object]:
         "memory_gib": kib and round(kib / 2**20, 1),
         "isa_torch": torch.backends.cpu.get_cpu_capability(),
         "isa_capo": native_isa(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "capo": capo.__version__,
@@ -115,7 +115,8 @@ def revision() -> str:
     """Short hash of the commit; with ``+`` if files other than results have changed since."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
     return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)
@@ -138,7 +139,7 @@ def gate(names: list[str]) -> None:
     tests = [test for name in names for test in OPS[name].tests]
     console.print(f"Tests first: {', '.join(tests)}")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    if subprocess.run(command, cwd=ROOT).returncode:
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
         console.print("[red]The tests fail; nothing is timed.[/red]")
         raise typer.Exit(1)
 
@@ -169,7 +170,7 @@ def quantile(values: list[float], q: float) -> float:
 def extra_memory_mb(name: str, number: int, variant: Variant, quick: bool) -> float | None:
     command = [sys.executable, HERE / "memory.py", name, str(number), variant.name, "--threads"]
     command += [str(torch.get_num_threads()), *["--quick"] * quick]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
         console.print(f"[yellow]no memory of {variant.name}: {done.stderr.strip().splitlines()[-1:]}[/yellow]")
         return None
