@@ -24,6 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch._inductor.config
 import typer
@@ -159,14 +160,6 @@ def timed_once(timed: Timed) -> tuple[float, float]:
     return 1e3 * (end - start), 1e3 * (cpu_end - cpu)
 
 
-def quantile(values: list[float], q: float) -> float:
-    values = sorted(values)
-    position = q * (len(values) - 1)
-    low = int(position)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (position - low) * (values[high] - values[low])
-
-
 def extra_memory_mb(name: str, number: int, variant: Variant, quick: bool) -> float | None:
     command = [sys.executable, HERE / "memory.py", name, str(number), variant.name, "--threads"]
     command += [str(torch.get_num_threads()), *["--quick"] * quick]
@@ -263,8 +256,8 @@ def rows(name: str, case, results: list[Measured], common: dict) -> list[dict]:
         if r.wall:
             row |= {
                 "median_ms": r.median,
-                "p20_ms": quantile(r.wall, 0.2),
-                "p80_ms": quantile(r.wall, 0.8),
+                "p20_ms": float(np.percentile(r.wall, 20)),
+                "p80_ms": float(np.percentile(r.wall, 80)),
                 "cpu_ms": statistics.median(r.cpu),
                 "tokens_per_s": 1e3 * case.tokens / r.median,
                 "ratio_floor": floors[FLOOR] and r.median / floors[FLOOR],
@@ -272,6 +265,13 @@ def rows(name: str, case, results: list[Measured], common: dict) -> list[dict]:
             }
         table.append({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
     return table
+
+
+def write(path: Path, table: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def show(table: list[dict]) -> None:
@@ -307,16 +307,16 @@ def main(
     for name in names:
         if name not in OPS:
             raise typer.BadParameter(f"no op {name!r}; there are {', '.join(OPS)}")
-    if threads:
-        torch.set_num_threads(threads)
+    threads = threads or torch.get_num_threads()
     gate(names)
     torch.use_deterministic_algorithms(False)
     torch._inductor.config.force_disable_caches = True  # first_call_ms is to hold a whole compilation
-    folder = out / slug()
+    folder = out / (slug() + "-quick" * quick)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
     for name in names:
-        table = []
+        path, table = folder / f"{name}.csv", []
+        torch.set_num_threads(OPS[name].threads or threads)
         with Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
         ) as progress:
@@ -324,25 +324,25 @@ def main(
             overall = progress.add_task(f"{name}: cases", total=len(cases))
             for number, (case, wanted) in enumerate(cases):
                 count = rounds or (5 if quick else 25)
-                results = measure(OPS[name], name, number, case, wanted, quick, count, seconds, memory, progress)
+                try:
+                    results = measure(OPS[name], name, number, case, wanted, quick, count, seconds, memory, progress)
+                except Skip as reason:  # of the inputs
+                    console.print(f"[yellow]{name}, case {number} skipped: {reason}[/yellow]")
+                    continue
                 common = {
                     "capo": capo.__version__,
                     "git": revision(),
                     "torch": torch.__version__,
                     "cpu": cpu_model(),
-                    "threads": 1 if name == "segment" else torch.get_num_threads(),
+                    "threads": torch.get_num_threads(),
                     "isa": native_isa(),
                     "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
                     "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
                 }
                 table += rows(name, case, results, common)
                 show(table[-len(results) :])
+                write(path, table)
                 progress.advance(overall)
-        path = folder / f"{name}.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(table)
         console.print(f"{len(table)} measurements in {os.path.relpath(path)}")
 
 

@@ -1,7 +1,6 @@
 """The variants of run.py at small size, for pytest-benchmark: ``pytest benchmarks --benchmark-only``."""
 
 import pytest
-import torch
 from variants import OPS, CreditCase, PolicyLossCase, SegmentCase, Skip
 
 CASES = {
@@ -11,15 +10,6 @@ CASES = {
 }
 # torch.compile takes longer to compile than all others take to run.
 PAIRS = [(name, v) for name, op in OPS.items() for v in op.variants if v.backend != "inductor"]
-
-
-@pytest.fixture(autouse=True)
-def ordinary_memory():
-    """Filling fresh memory, as deterministic mode does, is not to be timed."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize(("name", "variant"), PAIRS, ids=[f"{name}: {v.name}" for name, v in PAIRS])

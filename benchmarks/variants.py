@@ -73,12 +73,14 @@ class Op:
         cases: quick -> inputs, each with the variants it is for (None: all).
         variants: all ways to compute the op.
         check: (variant, case) -> error of the value and of the gradient against float64; AssertionError if too large.
+        threads: how many; None: what PyTorch takes.
     """
 
     tests: tuple[str, ...]
     cases: Callable[[bool], list[tuple[object, tuple[str, ...] | None]]]
     variants: tuple[Variant, ...]
     check: Callable[[Variant, object], tuple[float | None, float | None]]
+    threads: int | None = None
 
 
 def native() -> None:
@@ -660,5 +662,5 @@ OPS = {
         CREDIT_VARIANTS,
         check_credit,
     ),
-    "segment": Op(("tests/test_steps.py",), segment_cases, SEGMENT_VARIANTS, check_segment),
+    "segment": Op(("tests/test_steps.py",), segment_cases, SEGMENT_VARIANTS, check_segment, threads=1),
 }
