@@ -1,4 +1,4 @@
-"""Peak memory of one variant, in a process of its own: what a call needs beyond its inputs and the gradient it returns.
+"""Peak memory of one variant, in a process of its own: what a call needs beyond its inputs and what it returns.
 
     python benchmarks/memory.py OP CASE_NUMBER VARIANT [--quick]
 
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import torch
-from variants import FULL, OPS
+from variants import OPS
 
 
 def resident(key: str) -> int:
@@ -32,9 +32,9 @@ def extra_memory(op: str, number: int, name: str, quick: bool) -> int:
         before = resident("VmRSS")
         result = timed.call()
         peak = resident("VmHWM")
-        gradient = result[1] if variant.what == FULL else None
-        own = gradient.nbytes if gradient is not None and "in place" not in name else 0
-        del result, gradient
+        returned = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
+        own = 0 if "in place" in name else sum(t.nbytes for t in returned)
+        del result, returned
     return max(0, peak - before - own)
 
 

@@ -6,8 +6,10 @@ the timing, and gives the function that is timed.
 
 from __future__ import annotations
 
+import base64
 import functools
 import importlib.metadata
+import json
 import os
 import random
 import re
@@ -22,6 +24,7 @@ from torch import Tensor
 
 import capo
 from capo.backends import use_backend, why_not
+from capo.steps import _Delimiter, _segment_reference
 
 FULL, FORWARD, LOGPROBS = "loss + gradient", "loss", "logprobs + entropy"
 FLOOR, FRESH_FLOOR = "floor", "floor, fresh memory"
@@ -582,9 +585,6 @@ def _made_ids(responses: int):
 
 
 def _file_ids(responses: int):
-    import base64
-    import json
-
     name = os.environ.get("CAPO_BENCH_TEXTS")
     if not name:
         raise Skip("CAPO_BENCH_TEXTS names no file")
@@ -612,8 +612,6 @@ def _segment_native(x):
 
 
 def _segment_python(x):
-    from capo.steps import _Delimiter, _segment_reference
-
     delimiter = _Delimiter("\n\n")
     return Timed(lambda: _segment_reference(x.ids, x.cu_seqlens, x.token_bytes, delimiter))
 
