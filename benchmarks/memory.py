@@ -1,0 +1,50 @@
+"""Peak memory of one variant, in a process of its own: what a call needs beyond its inputs and what it returns.
+
+    python benchmarks/memory.py OP CASE_NUMBER VARIANT [--quick]
+
+prints bytes. Linux only: the high-water mark of the resident set is set back before the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+from pathlib import Path
+
+import torch
+from variants import OPS
+
+
+def resident(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status)[1])
+
+
+def extra_memory(op: str, number: int, name: str, quick: bool) -> int:
+    case, _ = OPS[op].cases(quick)[number]
+    variant = next(v for v in OPS[op].variants if v.name == name)
+    timed = variant.make(case.make())
+    for _ in range(2):  # the first call loads libraries and compiles; what it leaves behind is not the second's
+        timed.reset()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        result = timed.call()
+        peak = resident("VmHWM")
+        returned = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
+        own = 0 if "in place" in name else sum(t.nbytes for t in returned)
+        del result, returned
+    return max(0, peak - before - own)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=OPS)
+    parser.add_argument("case", type=int)
+    parser.add_argument("variant")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(extra_memory(args.op, args.case, args.variant, args.quick))

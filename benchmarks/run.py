@@ -1,0 +1,350 @@
+"""Times every op of capo next to its floor and its peers; see README.md beside this file.
+
+    python benchmarks/run.py [--op policy_loss] [--quick]
+
+The op's tests run first: if they fail there are no numbers. Results go to results/<machine>/<op>.csv, one row a measurement.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch._inductor.config
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from variants import FLOOR, FRESH_FLOOR, OPS, Op, Skip, Timed, Variant
+
+import capo
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+COLUMNS = [
+    "op",
+    "variant",
+    "backend",
+    "what",
+    "dtype",
+    "shape",
+    "inputs",
+    "live",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "cpu_ms",
+    "rounds",
+    "ratio_floor",
+    "ratio_fresh_floor",
+    "tokens_per_s",
+    "first_call_ms",
+    "extra_memory_mb",
+    "value_error",
+    "gradient_error",
+    "note",
+    "capo",
+    "git",
+    "torch",
+    "cpu",
+    "threads",
+    "isa",
+    "load",
+    "date",
+]
+PAUSE = 0.005  # s before each timing: worker threads of the variant before stop spinning
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+# ---- what is measured on
+
+
+def cpu_model() -> str:
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, object]:
+    try:
+        kib = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        kib = None
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": kib and round(kib / 2**20, 1),
+        "isa_torch": torch.backends.cpu.get_cpu_capability(),
+        "isa_capo": native_isa(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "capo": capo.__version__,
+    }
+
+
+def native_isa() -> str:
+    try:
+        from capo import _native
+    except ImportError:
+        return "none"
+    return _native.isa()
+
+
+def slug() -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {os.cpu_count()} cores".lower()).strip("-")
+
+
+def revision() -> str:
+    """Short hash of the commit; with ``+`` if files other than results have changed since."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)
+
+
+def backend_version(backend: str) -> str:
+    if backend not in ("trl", "liger-kernel"):
+        return backend
+    try:
+        return f"{backend} {importlib.metadata.version(backend)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{backend} (not installed)"
+
+
+# ---- measuring
+
+
+def gate(names: list[str]) -> None:
+    """Run the tests of the ops; exit if one fails."""
+    tests = [test for name in names for test in OPS[name].tests]
+    console.print(f"Tests first: {', '.join(tests)}")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        console.print("[red]The tests fail; nothing is timed.[/red]")
+        raise typer.Exit(1)
+
+
+def timed_once(timed: Timed) -> tuple[float, float]:
+    """Wall and CPU time of one call, in ms. The result is freed outside the timing."""
+    timed.reset()
+    gc.disable()
+    time.sleep(PAUSE)
+    try:
+        cpu, start = time.process_time(), time.perf_counter()
+        result = timed.call()
+        end, cpu_end = time.perf_counter(), time.process_time()
+    finally:
+        gc.enable()
+    del result
+    return 1e3 * (end - start), 1e3 * (cpu_end - cpu)
+
+
+def extra_memory_mb(name: str, number: int, variant: Variant, quick: bool) -> float | None:
+    command = [sys.executable, HERE / "memory.py", name, str(number), variant.name, "--threads"]
+    command += [str(torch.get_num_threads()), *["--quick"] * quick]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        console.print(f"[yellow]no memory of {variant.name}: {done.stderr.strip().splitlines()[-1:]}[/yellow]")
+        return None
+    return int(done.stdout.split()[-1]) / 1e6
+
+
+class Measured:
+    """Measurements of one variant on one case."""
+
+    def __init__(self, variant: Variant):
+        self.variant, self.note = variant, variant.note
+        self.timed: Timed | None = None
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.first = self.memory = self.value_error = self.gradient_error = None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.wall) if self.wall else None
+
+
+def measure(op: Op, name: str, number: int, case, wanted, quick, rounds, seconds, memory, progress) -> list[Measured]:
+    """Check, warm up, then time all variants of a case: round by round, each round in another random order."""
+    results = [Measured(v) for v in op.variants if wanted is None or v.name in wanted]
+    title = f"{name}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
+    task = progress.add_task(f"{title}: check and warm-up", total=len(results))
+    inputs = case.make()
+    for r in results:
+        try:
+            if not r.variant.is_floor:
+                r.value_error, r.gradient_error = op.check(r.variant, case)
+            r.timed = r.variant.make(inputs)
+            r.first = timed_once(r.timed)[0]
+        except Skip as reason:
+            r.note, r.timed = f"skipped: {reason}", None
+        except AssertionError as error:
+            console.print(f"[red]{r.variant.name} is wrong: {error}[/red]")
+            raise typer.Exit(1) from error
+        except Exception as error:  # a peer that breaks must not take the others' numbers along
+            if r.variant.backend in ("native", "torch"):
+                raise
+            traceback.print_exc()
+            r.note, r.timed = f"skipped: {type(error).__name__}: {str(error).splitlines()[0]:.200}", None
+        progress.advance(task)
+    running = [r for r in results if r.timed]
+    progress.update(task, description=f"{title}: rounds", total=rounds, completed=0)
+    rng, end = random.Random(0), time.monotonic() + seconds
+    for done in range(rounds):
+        if done >= 5 and time.monotonic() > end:
+            break
+        for r in rng.sample(running, len(running)):
+            wall, cpu = timed_once(r.timed)
+            r.wall.append(wall)
+            r.cpu.append(cpu)
+        progress.advance(task)
+    for r in running:
+        r.timed = None
+    del inputs
+    if memory and number == 0:
+        measured = [r for r in running if not r.variant.is_floor]
+        progress.update(task, description=f"{title}: memory", total=len(measured), completed=0)
+        for r in measured:
+            r.memory = extra_memory_mb(name, number, r.variant, quick)
+            progress.advance(task)
+    progress.remove_task(task)
+    return results
+
+
+def rows(name: str, case, results: list[Measured], common: dict) -> list[dict]:
+    floors = {what: next((r.median for r in results if r.variant.what == what), None) for what in (FLOOR, FRESH_FLOOR)}
+    table = []
+    for r in results:
+        row = {
+            "op": name,
+            "variant": r.variant.name,
+            "backend": backend_version(r.variant.backend),
+            "what": r.variant.what,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "shape": case.shape,
+            "inputs": case.logits,
+            "live": case.live,
+            "rounds": len(r.wall),
+            "first_call_ms": r.first,
+            "extra_memory_mb": r.memory,
+            "value_error": r.value_error,
+            "gradient_error": r.gradient_error,
+            "note": r.note,
+            **common,
+        }
+        if r.wall:
+            row |= {
+                "median_ms": r.median,
+                "p20_ms": float(np.percentile(r.wall, 20)),
+                "p80_ms": float(np.percentile(r.wall, 80)),
+                "cpu_ms": statistics.median(r.cpu),
+                "tokens_per_s": 1e3 * case.tokens / r.median,
+                "ratio_floor": floors[FLOOR] and r.median / floors[FLOOR],
+                "ratio_fresh_floor": floors[FRESH_FLOOR] and r.median / floors[FRESH_FLOOR],
+            }
+        table.append({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
+    return table
+
+
+def write(path: Path, table: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def show(table: list[dict]) -> None:
+    first = table[0]
+    words = [str(first[key]) for key in ("op", "shape", "dtype", "inputs") if first[key]]
+    if first["live"] is not None:
+        words.append(f"live {first['live']}")
+    view = Table(title=", ".join(words), title_justify="left")
+    for heading in ("variant", "ms", "p20", "p80", "CPU ms", "x floor", "x fresh floor", "extra MB", "error"):
+        view.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in table:
+        if not row["rounds"]:
+            view.add_row(row["variant"], "-", *[""] * 7)
+            continue
+        keys = ("median_ms", "p20_ms", "p80_ms", "cpu_ms", "ratio_floor", "ratio_fresh_floor", "extra_memory_mb")
+        error = row["gradient_error"] if row["gradient_error"] is not None else row["value_error"]
+        values = (f"{float(v):.3g}" if v is not None else "" for v in (*(row[key] for key in keys), error))
+        view.add_row(row["variant"], *values)
+    console.print(view)
+
+
+def main(
+    op: Annotated[list[str] | None, typer.Option(help=f"Ops: {', '.join(OPS)}; all by default.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: does it run? Not for publication.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each case; 25, or 5 with --quick.")] = None,
+    seconds: Annotated[float, typer.Option(help="A case ends after this time, but not before five rounds.")] = 90.0,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory of the first case, too.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default what PyTorch takes.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
+) -> None:
+    """Time the ops of capo next to floors and peers."""
+    names = op or list(OPS)
+    for name in names:
+        if name not in OPS:
+            raise typer.BadParameter(f"no op {name!r}; there are {', '.join(OPS)}")
+    threads = threads or torch.get_num_threads()
+    gate(names)
+    torch.use_deterministic_algorithms(False)
+    torch._inductor.config.force_disable_caches = True  # first_call_ms is to hold a whole compilation
+    folder = out / (slug() + "-quick" * quick)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
+    for name in names:
+        path, table = folder / f"{name}.csv", []
+        torch.set_num_threads(OPS[name].threads or threads)
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        ) as progress:
+            cases = OPS[name].cases(quick)
+            overall = progress.add_task(f"{name}: cases", total=len(cases))
+            for number, (case, wanted) in enumerate(cases):
+                count = rounds or (5 if quick else 25)
+                try:
+                    results = measure(OPS[name], name, number, case, wanted, quick, count, seconds, memory, progress)
+                except Skip as reason:  # of the inputs
+                    console.print(f"[yellow]{name}, case {number} skipped: {reason}[/yellow]")
+                    continue
+                common = {
+                    "capo": capo.__version__,
+                    "git": revision(),
+                    "torch": torch.__version__,
+                    "cpu": cpu_model(),
+                    "threads": torch.get_num_threads(),
+                    "isa": native_isa(),
+                    "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+                    "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+                }
+                table += rows(name, case, results, common)
+                show(table[-len(results) :])
+                write(path, table)
+                progress.advance(overall)
+        console.print(f"{len(table)} measurements in {os.path.relpath(path)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
