@@ -64,7 +64,7 @@ TOKEN_LOSS = [
     Mutant("gradient beyond the dual clip", OPTIONS, "out.clipped = clipped || dual", "out.clipped = clipped"),
     Mutant("gradient of clipped tokens", OPTIONS, "const bool held = out.clipped || ", "const bool held = "),
     Mutant("gradient beyond the limit of the ratio", EXTREME, "fabsf(t.log_ratio) > kLogRatioLimit || ", ""),
-    Mutant("gradient of a label of probability 0", NO_LABEL, " || t.logp == -INFINITY", ""),
+    Mutant("gradient of a label of probability 0", NO_LABEL, " || impossible", ""),
     Mutant("ratio without limit", EXTREME, "expf(limited(t.log_ratio))", "expf(t.log_ratio)"),
     Mutant("cispo does not clip its gradient", COMBINATIONS, "through_logp = -bounded", "through_logp = -ratio"),
     Mutant("cispo reports no clipping", COMBINATIONS, "out.clipped = bounded != ratio", "out.clipped = false"),
@@ -162,9 +162,9 @@ ROW_LOSS = [
     ),
     Mutant(
         "gradient of dead rows not written",
-        OPTIONS,
-        "if (args.grad != nullptr) kernels.fill[type]",
-        "if (false) kernels.fill[type]",
+        INPLACE,
+        "if (args.grad != nullptr) fill_zero(row);",
+        "",
     ),
     Mutant("kl averaged over all rows", OPTIONS, "total_kl / active_or_one", "total_kl / args.rows"),
     Mutant(
@@ -215,7 +215,7 @@ ROWS = [
         "how.alpha - how.beta * shift",
         "how.alpha",
     ),
-    Mutant("NaN filled with 0", NAN, "store_one(p + i, value)", "store_one(p + i, 0.f)"),
+    Mutant("NaN filled with 0", NAN, "store_one(&element, value);", "store_one(&element, 0.f);"),
     Mutant("label gradient not written", OPTIONS, "store_one(out + how.label, how.label_grad);", ""),
 ]
 
@@ -302,15 +302,14 @@ ADVANTAGES = [
         "if (range.constant()) return;\n    const Moments",
         "const Moments",
     ),
-    Mutant("undecided outcomes stay", CREDIT + "test_an_undecided", "if (!std::isnan(args.outcomes[order[i]])) ", ""),
+    Mutant("undecided outcomes stay", CREDIT + "test_an_undecided", "if (!std::isnan(args.outcomes[i])) ", ""),
     Mutant(
         "undecided is wrong",
         CREDIT + "test_an_undecided",
-        "if (!std::isnan(args.outcomes[order[i]])) members.push_back(order[i]);",
-        "{ float& x = const_cast<float*>(args.outcomes)[order[i]]; if (std::isnan(x)) x = 0.f; "
-        "members.push_back(order[i]); }",
+        "if (!std::isnan(args.outcomes[i])) members.push_back(i);",
+        "{ float& x = const_cast<float*>(args.outcomes)[i]; if (std::isnan(x)) x = 0.f; members.push_back(i); }",
     ),
-    Mutant("groups mixed", CREDIT + "test_groups", "args.groups[order[last]] == args.groups[order[first]]", "true"),
+    Mutant("groups mixed", CREDIT + "test_groups", " || args.groups[order[i]] != args.groups[order[i - 1]]", ""),
     Mutant(
         "groups only if adjacent", CREDIT + "test_groups", "return args.groups[a] < args.groups[b];", "return a < b;"
     ),

@@ -47,32 +47,54 @@ class Pass {
   explicit Pass(const CreditArgs& a)
       : args(a), rule(a.rule), weights(a.steps), offset(a.responses), factor(a.responses) {}
 
-  void run() {
-    parallel_for(args.steps, 4096, args.num_threads, [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s)
-        weights[s] = step_weight(args.votes + s * args.votes_per_step, args.votes_per_step, rule.vote);
-    });
+  // False if a vote is none.
+  bool run() {
     std::vector<int64_t> order(args.responses);
     std::iota(order.begin(), order.end(), int64_t{0});
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return args.groups[a] < args.groups[b]; });
-    for (size_t first = 0, last; first < order.size(); first = last) {
-      for (last = first + 1; last < order.size() && args.groups[order[last]] == args.groups[order[first]];) ++last;
-      members.clear();
-      for (size_t i = first; i < last; ++i)  // an undecided outcome leaves its group
-        if (!std::isnan(args.outcomes[order[i]])) members.push_back(order[i]);
-      if (!members.empty()) group();
-    }
-    parallel_for(args.responses, 8, args.num_threads, [&](int64_t first, int64_t last) {
+    std::vector<size_t> cu_groups = {0};
+    for (size_t i = 1; i <= order.size(); ++i)
+      if (i == order.size() || args.groups[order[i]] != args.groups[order[i - 1]]) cu_groups.push_back(i);
+    std::atomic<bool> votes_fit{true};
+    parallel_for(cu_groups.size() - 1, 1, args.num_threads, [&](int64_t first, int64_t last) {
+      for (int64_t g = first; g < last; ++g) {
+        Members members;
+        for (size_t k = cu_groups[g]; k < cu_groups[g + 1]; ++k) {
+          const int64_t i = order[k];
+          if (!weigh(i)) votes_fit = false;
+          if (!std::isnan(args.outcomes[i])) members.push_back(i);  // an undecided outcome leaves its group
+        }
+        if (!members.empty()) group(members);
+      }
+    });
+    if (!votes_fit) return false;
+    parallel_for(args.responses, 64, args.num_threads, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) write(i);
     });
+    return true;
   }
 
  private:
+  using Members = std::vector<int64_t>;  // the decided responses of a group
+
   const CreditArgs& args;
   const CreditRule& rule;
   std::vector<double> weights;         // of each step
   std::vector<double> offset, factor;  // of each response: advantage = (reward - offset) * factor
-  std::vector<int64_t> members;        // of the group at work
+
+  // Weights of the steps of a response; false if a vote is none.
+  bool weigh(int64_t i) {
+    int low = 0, high = 0;
+    for (int64_t s = args.cu_steps[i]; s < args.cu_steps[i + 1]; ++s) {
+      const int8_t* votes = args.votes + s * args.votes_per_step;
+      for (int64_t k = 0; k < args.votes_per_step; ++k) {
+        low = std::min<int>(low, votes[k]);
+        high = std::max<int>(high, votes[k]);
+      }
+      weights[s] = step_weight(votes, args.votes_per_step, rule.vote);
+    }
+    return low >= -1 && high <= 1;
+  }
 
   int64_t length(int64_t i) const { return args.cu_seqlens[i + 1] - args.cu_seqlens[i]; }
   bool right(int64_t i) const { return args.outcomes[i] > 0.f; }
@@ -126,19 +148,19 @@ class Pass {
 
   double inverse_std(double std) const { return 1.0 / std::max(std, rule.std_floor); }
 
-  void group() {
+  void group(const Members& members) {
     for (int64_t i : members) offset[i] = factor[i] = 0.0;
     if (rule.reward == Reward::kStepSuffix)
-      step_suffix();
+      step_suffix(members);
     else if (rule.reward == Reward::kShare)
-      share();
+      share(members);
     else if (rule.normalize == Normalize::kGroupTokens || rule.normalize == Normalize::kGroupMean)
-      over_tokens();
+      over_tokens(members);
     else
-      over_responses();
+      over_responses(members);
   }
 
-  void over_tokens() {
+  void over_tokens(const Members& members) {
     Range range;
     double sum = 0.0, squares = 0.0;
     int64_t count = 0;
@@ -163,7 +185,7 @@ class Pass {
     }
   }
 
-  void over_responses() {
+  void over_responses(const Members& members) {
     Range tokens, among_means;
     std::vector<double> means;
     for (int64_t i : members) {
@@ -204,7 +226,7 @@ class Pass {
     return rule.outcome_weight * outcome(i) - rule.process_weight * weights[s];
   }
 
-  void step_suffix() {
+  void step_suffix(const Members& members) {
     Range range;
     std::vector<double> rewards;
     for (int64_t i : members)
@@ -230,7 +252,7 @@ class Pass {
   }
 
   // The advantage is one number a response: offset minus that number, factor -1 and reward 0 give it back.
-  void share() {
+  void share(const Members& members) {
     std::vector<double> outcomes, shares;
     for (int64_t i : members) {
       outcomes.push_back(outcome(i));
@@ -292,20 +314,11 @@ bool fits(const CreditArgs& a) {
       token = a.ends[s];
     }
   }
-  int8_t low = 0, high = 0;
-  for (int64_t k = 0; k < a.steps * a.votes_per_step; ++k) {
-    low = std::min(low, a.votes[k]);
-    high = std::max(high, a.votes[k]);
-  }
-  return low >= -1 && high <= 1;
+  return true;
 }
 
 }  // namespace
 
-bool credit(const CreditArgs& args) {
-  if (!fits(args)) return false;
-  Pass(args).run();
-  return true;
-}
+bool credit(const CreditArgs& args) { return fits(args) && Pass(args).run(); }
 
 }  // namespace capo

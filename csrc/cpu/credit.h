@@ -20,7 +20,7 @@ struct CreditArgs {
   int num_threads;
 };
 
-// False if the input does not have the layout of a Credit; then nothing was written.
+// False if the input does not have the layout of a Credit.
 bool credit(const CreditArgs& args);
 
 }  // namespace capo
