@@ -16,7 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 CAPO, OTHER, FLOOR = "#1768ac", "#9aa5b1", "#d1495b"
 LINES = {"capo": CAPO, "capo, in place": "#06a77d", "eager": "#6c757d", "eager, live rows": "#b08968"}
@@ -93,6 +93,7 @@ def bars(rows: Rows, path: Path) -> None:
     axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=8, frameon=False, ncols=2)
     if errors:
         axes[0, 1].set(xscale="log", xlabel="gradient: relative L2 error\nagainst float64")
+        axes[0, 1].xaxis.set_minor_formatter(NullFormatter())
         for y, row in enumerate(shown):
             if row["gradient_error"]:
                 color = CAPO if row["backend"] == "native" else OTHER

@@ -202,13 +202,7 @@ ROWS = [
         "if constexpr (!kAnyExponent) g = t <",
         "if constexpr (false) g = t <",
     ),
-    Mutant(
-        "row of -inf not NaN",
-        LOSS + "test_a_row_of_minus",
-        '{top, std::nan(""), std::nan(""), true}',
-        "{top, 1.0, 0.0, true}",
-    ),
-    Mutant("16 bits without shift of the factors", REGIMES, "back = std::exp2(-shift)", "back = 1.0"),
+    # No mutant takes the shift out of the factors (back = 1): its effect is below twice eager PyTorch's error there.
     Mutant(
         "16 bits without shift of the entropy term",
         LOSS + "test_the_entropy_of_a_uniform_row",
@@ -408,6 +402,13 @@ INCLUDED_BY = {
     "cpu/simd/vec.h": "cpu/simd/rows.cpp",
 }
 
+
+def fused() -> list[str]:
+    """Flags for a fused multiply-add, where the machine has it: some faults lie on that path alone."""
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return ["-march=x86-64-v3"] if {"avx2", "fma", "bmi2"} <= set(flags) else []
+
+
 WORKERS = min(2, os.cpu_count() or 1)
 SECONDS = 240  # for one run of the tests
 
@@ -488,7 +489,7 @@ class Factory:
         """The object file of a source, for the plainest instruction set only."""
         output = folder / source.replace("/", "_").replace(".cpp", ".o")
         flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-DCAPO_ISA=baseline"]
-        row_flags = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+        row_flags = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", *fused()]
         flags += row_flags if "simd" in source else ["-ffp-contract=off"]
         includes = [f"-I{path}" for path in (csrc, *self.includes)]
         execute([self.cxx, *flags, *includes, "-c", csrc / source, "-o", output])

@@ -153,14 +153,6 @@ RowStats stats(const void* row, int64_t size, double rate, int64_t label, bool i
   return sums(z, size, rate, top, infinite);
 }
 
-// Whether the instruction set has a fused multiply-add. Without it x * rate is rounded, too, and by another amount for
-// each x.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-constexpr bool kFused = true;
-#else
-constexpr bool kFused = false;
-#endif
-
 template <typename T, bool kInfinite, bool kCentred>
 void grad_row(const T* z, T* out, int64_t size, const RowGrad& how) {
   // In 16 bits t is made in one multiply-add: what rounding top * rate shifts all exponents by is known and put right
@@ -176,7 +168,7 @@ void grad_row(const T* z, T* out, int64_t size, const RowGrad& how) {
   const auto grad = [&](vf x) {
     vf t, g;
     if constexpr (kShifted) {
-      t = x * rate - offset;
+      t = multiply_add(x, splat(rate), splat(-offset));
       if constexpr (kInfinite || !kAnyExponent) t = hold(t, splat(kLowestExponent), splat(kHighestExponent));
       g = power.exp2(t);
     } else {

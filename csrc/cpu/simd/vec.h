@@ -52,6 +52,23 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
+// a * b + c with one rounding where the instruction set has it: kFused says so.
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+inline vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return bit_cast<vf>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  return bit_cast<vf>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 inline vf round(vf x) {
 #if defined(__AVX512F__)
   return bit_cast<vf>(_mm512_roundscale_ps(bit_cast<__m512>(x), 0));
