@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/parallel.h"
 
 namespace capo {
@@ -299,12 +300,6 @@ class Pass {
 };
 
 bool fits(const CreditArgs& a) {
-  const auto cumulative = [](const int64_t* values, int64_t count, int64_t total) {
-    if (values[0] != 0 || values[count] != total) return false;
-    for (int64_t i = 0; i < count; ++i)
-      if (values[i + 1] < values[i]) return false;
-    return true;
-  };
   if (!cumulative(a.cu_seqlens, a.responses, a.tokens) || !cumulative(a.cu_steps, a.responses, a.steps)) return false;
   for (int64_t i = 0; i < a.responses; ++i) {
     if (std::isinf(a.outcomes[i])) return false;

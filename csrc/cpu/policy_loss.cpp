@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/parallel.h"
 
 namespace capo {
@@ -21,13 +22,6 @@ void* row_at(void* base, int64_t row, int64_t stride, Dtype dtype) {
 bool labels_fit(const int64_t* labels, const bool* mask, int64_t rows, int64_t vocab) {
   for (int64_t i = 0; i < rows; ++i)
     if ((mask == nullptr || mask[i]) && (labels[i] < 0 || labels[i] >= vocab)) return false;
-  return true;
-}
-
-bool cumulative(const int64_t* values, int64_t count, int64_t total) {
-  if (values[0] != 0 || values[count] != total) return false;
-  for (int64_t i = 0; i < count; ++i)
-    if (values[i + 1] < values[i]) return false;
   return true;
 }
 
