@@ -7,12 +7,22 @@ import json
 import math
 import mmap
 import os
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capo.critique import Critique, CritiqueError, parse
+import numpy as np
+
+from capo.critique import REASONS, read_votes, suffix_of
+
+try:
+    from capo import _native
+except ImportError:  # built without the native module
+    _native = None
 
 try:
     import orjson
@@ -74,7 +84,8 @@ class Row(NamedTuple):
 
 @dataclass(slots=True)
 class Response:
-    """One response of a rollout row. ``outcome`` is NaN if undecided, None if the answer is yet to be verified."""
+    """One response of a rollout row. ``outcome`` is NaN if undecided, None if the answer is yet to be verified;
+    ``token_ids`` are the bytes of int32 values, None if they are yet to be encoded."""
 
     id: str
     line: int
@@ -85,14 +96,14 @@ class Response:
     outcome: float | None
     answer: str | None
     text: str | None
-    token_ids: list[int] | None
+    token_ids: bytes | None
     num_logprobs: int | None
     group: int = -1
 
     @property
     def size(self) -> int:
         """What it takes of a chunk: its tokens, about, if it is not encoded yet, and something for itself."""
-        return 8 + (len(self.token_ids) if self.token_ids is not None else len(self.text or "") // 3)
+        return 8 + (len(self.token_ids) // 4 if self.token_ids is not None else len(self.text or "") // 3)
 
     def rejected(self, file: str, reason: str) -> Rejected:
         """This response as a refused row."""
@@ -192,8 +203,9 @@ def _response(
         raise BadRow(f"a response must be an object or a string, got {_kind(element)}")
     token_ids = element.get("token_ids")
     text = _first(element, "response", "text", "completion")
+    packed = None
     if token_ids is not None:
-        check_token_ids(token_ids, vocabulary)
+        packed = pack_token_ids(token_ids, vocabulary)
     elif text is None:
         raise BadRow("missing key: a response needs token_ids or text")
     if text is not None:
@@ -215,21 +227,28 @@ def _response(
         outcome=_outcome(element),
         answer=answer,
         text=text,
-        token_ids=token_ids,
+        token_ids=packed,
         num_logprobs=num_logprobs,
     )
 
 
-def check_token_ids(token_ids: Any, vocabulary: int) -> None:
-    """Raise BadRow unless this is a list of integers in [0, vocabulary)."""
+def pack_token_ids(token_ids: Any, vocabulary: int) -> bytes:
+    """A list of integers in [0, vocabulary) as the bytes of int32 values.
+
+    Raises:
+        BadRow: it is something else.
+    """
     if not isinstance(token_ids, list):
         raise BadRow(f"token_ids must be a list, got {_kind(token_ids)}")
-    if not set(map(type, token_ids)) <= {int}:
-        place = next(i for i, value in enumerate(token_ids) if type(value) is not int)
-        raise BadRow(f"token_ids must be integers, got {_kind(token_ids[place])} at position {place}")
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocabulary):
-        place = next(i for i, value in enumerate(token_ids) if not 0 <= value < vocabulary)
-        raise BadRow(f"token id {token_ids[place]} at position {place} is outside the vocabulary of {vocabulary}")
+    if _native is not None and (packed := _native.pack_ids(token_ids, vocabulary)) is not None:
+        return packed
+    for place, value in enumerate(token_ids):
+        if type(value) is not int:
+            raise BadRow(f"token_ids must be integers, got {_kind(value)} at position {place}")
+    for place, value in enumerate(token_ids):
+        if not 0 <= value < vocabulary:
+            raise BadRow(f"token id {value} at position {place} is outside the vocabulary of {vocabulary}")
+    return array("i", token_ids).tobytes()
 
 
 def _outcome(element: dict) -> float | None:
@@ -319,19 +338,53 @@ def _kind(value: Any) -> str:
 
 
 @dataclass(slots=True)
+class Heard:
+    """What the critiques of one response say: for each a judge's reply, or the list of steps it flags, or None; and
+    ``about`` it the nonce of the reply, or why there is None: a reason, or None where no reply came."""
+
+    said: list[str | list[int] | None]
+    about: list[str | None]
+
+
+@dataclass(frozen=True)
 class Votes:
-    """What the critiques of one response say: a `Critique` each, or None for one that abstains."""
+    """The votes of B responses on their steps.
 
-    critiques: list[Critique | None] = field(default_factory=list)
-    failed: int = 0
-    reasons: list[str] = field(default_factory=list)  # of the invalid ones
+    Args:
+        table: int8 [M, K], see `capo.critique.vote_table`.
+        given, valid, invalid, failed: int64 [B], how many critiques.
+        silent: bool [B], the responses of which no critiques are known.
+        reasons: invalid critiques by reason.
+    """
 
-    @property
-    def valid(self) -> int:
-        return len(self.critiques) - self.failed - len(self.reasons)
+    table: np.ndarray
+    given: np.ndarray
+    valid: np.ndarray
+    invalid: np.ndarray
+    failed: np.ndarray
+    silent: np.ndarray
+    reasons: Counter[str]
 
-
-NO_VOTES = Votes()
+    @classmethod
+    def of(cls, heard: list[Heard | None], cu_steps: np.ndarray, num_votes: int | None) -> Votes:
+        """Read what was heard of each response, if anything; ``num_votes`` is K, None takes the most that one has."""
+        known = [one for one in heard if one is not None]
+        said = list(chain.from_iterable([one.said for one in known]))
+        about = list(chain.from_iterable([one.about for one in known]))
+        given = np.array([0 if one is None else len(one.said) for one in heard], np.int64)
+        cu_said = np.concatenate([np.zeros(1, np.int64), np.cumsum(given)])
+        width = int(given.max(initial=0)) if num_votes is None else num_votes
+        table, states = read_votes(said, about, cu_said, cu_steps, width)
+        unsaid = np.flatnonzero(states == 255)
+        lost = unsaid[[about[place] is None for place in unsaid.tolist()]]
+        counts = np.bincount(states, minlength=1 + len(REASONS))
+        reasons = Counter({reason.value: int(counts[1 + i]) for i, reason in enumerate(REASONS) if counts[1 + i]})
+        reasons.update(why for place in unsaid.tolist() if (why := about[place]) is not None)
+        response = np.repeat(np.arange(len(heard)), given)
+        valid = np.bincount(response[states == 0], minlength=len(heard))
+        failed = np.bincount(response[lost], minlength=len(heard))
+        silent = np.array([one is None for one in heard], bool)
+        return cls(table, given, valid, given - valid - failed, failed, silent, reasons)
 
 
 class CritiqueIndex:
@@ -376,20 +429,20 @@ class CritiqueIndex:
         index._unreadable = len(index.rejected)
         return index
 
-    def take(self, response: Response, num_steps: int, num_votes: int | None) -> Votes:
-        """The votes of one response; critiques that do not fit it are refused, and then it has none."""
+    def take(self, response: Response, num_steps: int, num_votes: int | None) -> Heard | None:
+        """The critiques of one response; those that do not fit it are refused, and then it has none."""
         found = [self._places[key] for key in (response.id, (response.line - 1, response.index)) if key in self._places]
         if not found:
-            return NO_VOTES
+            return None
         place, *others = dict.fromkeys(found)
         self._taken.update(found)
         for other in others:
             self._refuse(other, f"a second row of critiques of response {response.id}")
         try:
-            return votes_of(self._record(place), num_steps, num_votes)
+            return critiques_of(self._record(place), num_steps, num_votes)
         except BadRow as error:
             self._refuse(place, str(error))
-            return NO_VOTES
+            return None
 
     def refuse_untaken(self) -> None:
         """Refuse all critiques whose response never came."""
@@ -448,8 +501,8 @@ def _critique_key(record: Any) -> str | tuple[int, int]:
     return prompt_index, response_index
 
 
-def votes_of(record: dict, num_steps: int, num_votes: int | None) -> Votes:
-    """The critiques of a row, read.
+def critiques_of(record: dict, num_steps: int, num_votes: int | None) -> Heard:
+    """The critiques of a row.
 
     Args:
         record: the row.
@@ -462,46 +515,44 @@ def votes_of(record: dict, num_steps: int, num_votes: int | None) -> Votes:
     items = record["critiques"]
     if num_votes is not None and len(items) > num_votes:
         raise BadRow(f"{len(items)} critiques, but there are to be {num_votes} votes")
-    votes = Votes()
+    heard = Heard([], [])
     nonce = record.get("nonce")
     for position, item in enumerate(items):
         try:
-            critique = _critique(item, nonce, num_steps)
+            said, about = _critique(item, nonce, num_steps)
         except ValueError as error:
             raise BadRow(f"critique {position}: {error}") from error
-        votes.critiques.append(critique if isinstance(critique, Critique) else None)
-        if critique is None:
-            votes.failed += 1
-        elif isinstance(critique, str):
-            votes.reasons.append(critique)
-    return votes
+        heard.said.append(said)
+        heard.about.append(about)
+    return heard
 
 
-def _critique(item: Any, nonce: Any, num_steps: int) -> Critique | str | None:
-    """The critique, or the reason why it is invalid, or None where no reply came."""
-    if item is None:
-        return None
-    if isinstance(item, str):
-        item = {"text": item}
-    if not isinstance(item, dict):
-        raise BadRow(f"must be text, an object or null, got {_kind(item)}")
-    if "text" in item:
+def _critique(item: Any, nonce: Any, num_steps: int) -> tuple[str | list[int] | None, str | None]:
+    """What one critique says, and about it; see `Heard`."""
+    if isinstance(item, dict) and "text" in item:
         text, nonce = item["text"], item.get("nonce", nonce)
-        if text is None:
-            return None
-        if not isinstance(text, str):
-            raise BadRow(f"text must be a string, got {_kind(text)}")
-        if nonce is not None and not isinstance(nonce, str):
-            raise BadRow(f"nonce must be a string, got {_kind(nonce)}")
-        try:
-            return parse(text, num_steps, nonce)
-        except CritiqueError as error:
-            return error.reason.value
+    elif isinstance(item, dict):
+        return _flagged(item, num_steps)
+    else:
+        text = item
+    if text is None:
+        return None, None
+    if not isinstance(text, str):
+        what = "text must be a string" if text is not item else "must be text, an object or null"
+        raise BadRow(f"{what}, got {_kind(text)}")
+    if nonce is not None and not isinstance(nonce, str):
+        raise BadRow(f"nonce must be a string, got {_kind(nonce)}")
+    suffix_of(nonce)
+    return text, nonce
+
+
+def _flagged(item: dict, num_steps: int) -> tuple[list[int] | None, str | None]:
+    """What a critique that was read before says."""
     valid = item.get("valid", True)
     if not isinstance(valid, bool):
         raise BadRow(f"valid must be true or false, got {_kind(valid)}")
     if not valid:
-        return str(item.get("error") or "marked_invalid")
+        return None, str(item.get("error") or "marked_invalid")
     flagged = item.get("flagged")
     if not isinstance(flagged, list):
         raise BadRow(f"needs text or a list of flagged steps, got flagged = {_kind(flagged)}")
@@ -510,4 +561,4 @@ def _critique(item: Any, nonce: Any, num_steps: int) -> Critique | str | None:
             raise BadRow(f"flagged must hold integers, got {_kind(index)}")
         if not 0 <= index < num_steps:
             raise BadRow(f"step {index} is flagged, but the response has {num_steps} steps, counted from 0")
-    return Critique(None, tuple(sorted(set(flagged))))
+    return flagged, None

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,8 +28,8 @@ import torch
 
 import capo
 from capo.credit import Credit, CreditRule
-from capo.critique import Agreement, agreement, vote_table
-from capo.records import NO_VOTES, CritiqueIndex, Rejected, Response, Row, Votes, read_rows, responses_of
+from capo.critique import Agreement, agreement
+from capo.records import CritiqueIndex, Rejected, Response, Row, Votes, pack_token_ids, read_rows, responses_of
 from capo.reference import step_weights
 from capo.steps import segment
 from capo.tokenizer import Tokenizer, load_tokenizer
@@ -355,19 +355,22 @@ class _Run:
         if not responses:
             return None
         self._verify(responses)
-        token_ids, cu_seqlens = _flat([response.token_ids for response in responses], np.int32)
+        packed_ids = [response.token_ids or b"" for response in responses]
+        token_ids = np.frombuffer(bytearray().join(packed_ids), np.int32)
+        cu_seqlens = np.zeros(len(responses) + 1, np.int64)
+        np.cumsum([len(ids) // 4 for ids in packed_ids], out=cu_seqlens[1:])
         packed = torch.from_numpy(token_ids), torch.from_numpy(cu_seqlens)
         steps = segment(*packed, options.tokenizer.token_bytes, options.delimiter)
-        num_steps = steps.cu_steps.diff().tolist()
+        cu_steps = steps.cu_steps.numpy()
         heard = [
             self._critiques.take(response, count, options.num_votes)
-            for response, count in zip(responses, num_steps, strict=True)
+            for response, count in zip(responses, np.diff(cu_steps).tolist(), strict=True)
         ]
-        votes = vote_table([one.critiques for one in heard], num_steps, options.num_votes)
+        votes = Votes.of(heard, cu_steps, options.num_votes)
         outcomes = torch.tensor([response.outcome for response in responses], dtype=torch.float32)
         groups = torch.tensor([response.group for response in responses], dtype=torch.int32)
-        credit = Credit(outcomes, votes, steps, packed[1], groups, options.rule)
-        chunk = _Chunk(responses, heard, token_ids, credit, credit.advantages().numpy())
+        credit = Credit(outcomes, torch.from_numpy(votes.table), steps, packed[1], groups, options.rule)
+        chunk = _Chunk(responses, votes, token_ids, credit, credit.advantages().numpy())
         self.tallies.add(chunk)
         return chunk.batch(options)
 
@@ -377,8 +380,8 @@ class _Run:
         kept = []
         for response in responses:
             if response.token_ids is None:
-                response.token_ids = next(rest)
-            length = len(response.token_ids)
+                response.token_ids = pack_token_ids(next(rest), len(self.options.tokenizer.token_bytes))
+            length = len(response.token_ids) // 4
             if response.num_logprobs in (None, length):
                 kept.append(response)
             else:
@@ -391,7 +394,7 @@ class _Run:
         open_ones = [response for response in responses if response.outcome is None and response.answer is not None]
         # What the policy sampled is what is verified, and that is the ids.
         join = self.options.tokenizer.token_bytes.join
-        texts = [join(response.token_ids or ()).decode("utf-8", "replace") for response in open_ones]
+        texts = [join(memoryview(response.token_ids or b"").cast("i")).decode("utf-8", "replace") for response in open_ones]
         verified = Verifier().verify(texts, [response.answer or "" for response in open_ones])
         for response, outcome in zip(open_ones, verified, strict=True):
             response.outcome = outcome.reward
@@ -405,7 +408,7 @@ class _Chunk:
     """Responses and what was made of them, packed."""
 
     responses: list[Response]
-    heard: list[Votes]
+    votes: Votes
     token_ids: np.ndarray
     credit: Credit
     advantages: np.ndarray
@@ -413,17 +416,17 @@ class _Chunk:
     @cached_property
     def valid(self) -> np.ndarray:
         """Valid votes on each step. [M]"""
-        return _count(self.credit.votes.numpy() >= 0)
+        return _count(self.votes.table >= 0)
 
     @cached_property
     def flagged(self) -> np.ndarray:
         """Votes that flag each step. [M]"""
-        return _count(self.credit.votes.numpy() == 1)
+        return _count(self.votes.table == 1)
 
     @cached_property
     def cases(self) -> tuple[np.ndarray, np.ndarray]:
         """The pairs (valid, flagged) that occur, [C, 2], and which of them each step is, [M]."""
-        base = self.credit.votes.shape[1] + 1
+        base = self.votes.table.shape[1] + 1
         codes, place = np.unique(self.valid * base + self.flagged, return_inverse=True)
         return np.stack([codes // base, codes % base], 1), place
 
@@ -456,18 +459,16 @@ class _Chunk:
             by_step(steps.ends.numpy() - origins, np.int32),
             by_step(weights, np.float32),
             pa.ListArray.from_arrays(step_offsets, self._votes(options.num_votes)),
-            pa.array([one.valid for one in self.heard], pa.int32()),
-            pa.array([len(one.reasons) for one in self.heard], pa.int32()),
-            pa.array([one.failed for one in self.heard], pa.int32()),
+            *(pa.array(count.astype(np.int32)) for count in (self.votes.valid, self.votes.invalid, self.votes.failed)),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=_schema(options))
 
     def _votes(self, num_votes: int | None) -> pa.ListArray:
         """The votes of each step, without the columns that only other responses have."""
-        table = self.credit.votes.numpy()
+        table = self.votes.table
         num_steps = np.diff(self.credit.steps.cu_steps.numpy())
-        own = np.full(len(self.heard), num_votes) if num_votes else np.array([len(one.critiques) for one in self.heard])
-        widths = np.repeat(own.astype(np.int64), num_steps)
+        own = np.full_like(self.votes.given, num_votes) if num_votes else self.votes.given
+        widths = np.repeat(own, num_steps)
         values = table[np.arange(table.shape[1]) < widths[:, None]]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(widths)]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
@@ -511,14 +512,11 @@ class _Tallies:
         self.responses += len(chunk.responses)
         self.tokens += len(chunk.token_ids)
         self.steps += len(chunk.valid)
-        for one in chunk.heard:
-            self.critiques["valid"] += one.valid
-            self.critiques["failed"] += one.failed
-            for reason in one.reasons:
-                self.reasons[reason] += 1
-        self.critiques["invalid"] = self.reasons.total()
-        bare = [one is NO_VOTES for one in chunk.heard]
-        self.uncritiqued += int((np.diff(cu_steps)[bare] > 0).sum())
+        votes = chunk.votes
+        for name, counts in (("valid", votes.valid), ("invalid", votes.invalid), ("failed", votes.failed)):
+            self.critiques[name] += int(counts.sum())
+        self.reasons.update(votes.reasons)
+        self.uncritiqued += int((np.diff(cu_steps)[votes.silent] > 0).sum())
 
     def agreement(self) -> Agreement:
         """Agreement of all votes; how the votes on a step are arranged does not matter, only how many say what."""
@@ -572,13 +570,6 @@ def _sums(values: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
     """Sum of the values of each segment; 0 for an empty one."""
     totals = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
     return totals[cumulative[1:]] - totals[cumulative[:-1]]
-
-
-def _flat(lists: Sequence[Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Lists end to end, and their cumulative lengths."""
-    cumulative = np.zeros(len(lists) + 1, np.int64)
-    np.cumsum([len(values) for values in lists], out=cumulative[1:])
-    return np.fromiter(chain.from_iterable(lists), dtype, int(cumulative[-1])), cumulative
 
 
 def _chunks(groups: Iterable[list[Response]]) -> Iterator[list[Response]]:
