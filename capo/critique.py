@@ -102,7 +102,7 @@ def render(question: str, reference: str | None, step_texts: Sequence[str], nonc
     """
     if isinstance(step_texts, str):
         raise TypeError("render: step_texts is one string; it takes a sequence with one string per step")
-    suffix = suffix_of(nonce)
+    suffix = _suffix(nonce)
     answer = f"<incorrect_steps{suffix}>{_PLACEHOLDER}</incorrect_steps{suffix}>"
     blocks = [f"[Question{suffix}]\n{neutralise(question)}"]
     if reference is not None:
@@ -171,7 +171,7 @@ def parse(
         raise ValueError(f"parse: num_steps must be at least 0, got {num_steps}")
     if trust not in ("list", "verdict"):
         raise ValueError(f"parse: trust must be 'list' or 'verdict', got {trust!r}")
-    suffix = suffix_of(nonce)
+    suffix = _suffix(nonce)
     if len(text) > MAX_REPLY:
         raise CritiqueError(Reason.TOO_LONG, f"{len(text)} characters, at most {MAX_REPLY} are read")
     answer = _without_reasoning(text).lstrip("\ufeff")
@@ -265,17 +265,17 @@ def _number(digits: str, num_steps: int) -> int:
     return int(digits)
 
 
-def suffix_of(nonce: str | None) -> str:
-    """What the tags of a prompt with this nonce end with.
-
-    Raises:
-        ValueError: it is not 4 to 64 ASCII letters and digits.
-    """
+def _suffix(nonce: str | None) -> str:
     if nonce is None:
         return ""
+    check_nonce(nonce)
+    return f":{nonce}"
+
+
+def check_nonce(nonce: str) -> None:
+    """Raise ValueError unless this is 4 to 64 ASCII letters and digits."""
     if not (4 <= len(nonce) <= 64 and nonce.isascii() and nonce.isalnum()):
         raise ValueError(f"nonce must be 4 to 64 ASCII letters and digits, got {nonce!r:.80}")
-    return f":{nonce}"
 
 
 def vote_table(
@@ -333,7 +333,7 @@ def read_votes(
     Args:
         said: the critiques of B responses end to end: a judge's reply, or a list of flagged steps that are there, or
             None, an abstention.
-        nonces: what `render` was given for each reply; checked by `suffix_of`.
+        nonces: what `render` was given for each reply; see `check_nonce`.
         cu_said: int64 [B + 1], cumulative number of critiques per response, none of more than K.
         cu_steps: int64 [B + 1], cumulative number of steps per response.
         num_votes: K.

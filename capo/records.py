@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from capo.critique import REASONS, read_votes, suffix_of
+from capo.critique import REASONS, check_nonce, read_votes
 
 try:
     from capo import _native
@@ -137,11 +137,11 @@ def read_rows(path: Path) -> Iterator[Row]:
 def read_line(line: int, raw: bytes) -> Row | None:
     """One line of a JSON lines file; None if it is blank."""
     text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-    if not text.strip():
-        return None
     try:
         return Row(line, orjson.loads(text), None, raw)
     except orjson.JSONDecodeError as error:
+        if not text.strip():
+            return None
         # Python writes NaN and Infinity, which are no JSON. Where they matter is found out value by value.
         record = _with_nan(text) if b"NaN" in text or b"Infinity" in text else None
         reason = None if record is not None else f"not valid JSON: {error}"
@@ -296,19 +296,21 @@ def _answer(record: dict) -> str | None:
 
 
 def _identifier(record: dict, *names: str) -> str | None:
-    value = _first(record, *names)
-    if type(value) is int:
-        return str(value)
-    if value is not None:
-        name = next(name for name in names if record.get(name) is not None)
-        _check_text(name, value, "a string or an integer")
-    return value
+    for name in names:
+        if (value := record.get(name)) is not None:
+            if type(value) is int:
+                return str(value)
+            _check_text(name, value, "a string or an integer")
+            return value
+    return None
 
 
 def _check_text(name: str, value: Any, wanted: str = "a string") -> None:
     """Raise BadRow unless this is a string that can be written as UTF-8; one from JSON always can."""
     if not isinstance(value, str):
         raise BadRow(f"{name} must be {wanted}, got {_kind(value)}")
+    if value.isascii():
+        return
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -388,53 +390,47 @@ class Votes:
 
 
 class CritiqueIndex:
-    """Where the critiques of each response lie; rows are read when their response is scored, whatever their order.
+    """Where the critiques of each response lie. Rows are read until those wanted are found: once only if they come in the
+    order of the responses, and if they do not, again when their response is scored.
 
     Args:
         file: name of the source, for messages.
+        rows: the rows, each with what finds it again: the record itself, or its first and last byte in ``data``.
+        data: bytes of the file.
     """
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, rows: Iterator[tuple[Row, Any]], data: Any = None) -> None:
         self.file = file
-        self.rejected: list[Rejected] = []
-        self._rows: list[tuple[int, Any]] = []  # line number; record, or first and last byte
+        self._unread = rows
+        self._data = data
+        self._rows: list[tuple[int, Any]] = []  # line number; what finds it again
         self._places: dict[str | tuple[int, int], int] = {}
+        self._last_read: Any = None  # the record of the last of these rows
         self._taken: set[int] = set()
-        self._data: Any = None
-        self._unreadable = 0  # how many were refused when the index was made
+        self._unreadable: list[Rejected] = []
+        self._refused: list[Rejected] = []
 
     @classmethod
     def of_file(cls, path: Path) -> CritiqueIndex:
-        """Index a JSON lines file; a row without place or content is refused."""
-        index = cls(str(path))
+        """Of a JSON lines file; a row without place or content is refused."""
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                return index
-            index._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 0
-        for line, raw in enumerate(iter(index._data.readline, b""), 1):
-            row = read_line(line, raw)
-            if row is not None:
-                index._add(row, (start, start + len(raw)))
-            start += len(raw)
-        index._unreadable = len(index.rejected)
-        return index
+                return cls(str(path), iter(()))
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls(str(path), _placed_rows(data), data)
 
     @classmethod
     def of_records(cls, records: Iterable[dict]) -> CritiqueIndex:
-        """Index records in memory."""
-        index = cls("critiques")
-        for line, record in enumerate(records, 1):
-            index._add(Row(line, record, None, b""), record)
-        index._unreadable = len(index.rejected)
-        return index
+        """Of records in memory."""
+        return cls("critiques", ((Row(line, record, None, b""), record) for line, record in enumerate(records, 1)))
 
     def take(self, response: Response, num_steps: int, num_votes: int | None) -> Heard | None:
         """The critiques of one response; those that do not fit it are refused, and then it has none."""
-        found = [self._places[key] for key in (response.id, (response.line - 1, response.index)) if key in self._places]
-        if not found:
-            return None
-        place, *others = dict.fromkeys(found)
+        keys = response.id, (response.line - 1, response.index)
+        while not (found := [self._places[key] for key in keys if key in self._places]):
+            if not self._read_row():
+                return None
+        place, *others = sorted(set(found))
         self._taken.update(found)
         for other in others:
             self._refuse(other, f"a second row of critiques of response {response.id}")
@@ -444,18 +440,25 @@ class CritiqueIndex:
             self._refuse(place, str(error))
             return None
 
-    def refuse_untaken(self) -> None:
-        """Refuse all critiques whose response never came."""
+    def rejected(self) -> list[Rejected]:
+        """All rows that were refused, and those whose response never came."""
+        while self._read_row():
+            pass
         for place in range(len(self._rows)):
             if place not in self._taken:
-                self._refuse(place, "critiques of a response that is not there, or was refused")
+                self._refuse(place, "critiques of a response that is not there, was refused, or has others already")
+        return sorted(self._unreadable + self._refused, key=lambda rejected: rejected.line)
 
     def reset(self) -> None:
-        """Forget which critiques were taken, and what was refused since the index was made."""
+        """Forget which critiques were taken or refused."""
         self._taken.clear()
-        del self.rejected[self._unreadable :]
+        self._refused.clear()
 
-    def _add(self, row: Row, where: Any) -> None:
+    def _read_row(self) -> bool:
+        """Read one more row, if there is one."""
+        row, where = next(self._unread, (None, None))
+        if row is None:
+            return False
         try:
             if row.error is not None:
                 raise BadRow(row.error)
@@ -468,12 +471,16 @@ class CritiqueIndex:
                 raise BadRow(f"critiques must be a list, got {_kind(critiques)}")
         except BadRow as error:
             content = row.raw if row.error is not None else row.record
-            self.rejected.append(Rejected(self.file, row.line, None, str(error), content))
-            return
+            self._unreadable.append(Rejected(self.file, row.line, None, str(error), content))
+            return True
         self._places[key] = len(self._rows)
         self._rows.append((row.line, where))
+        self._last_read = row.record
+        return True
 
     def _record(self, place: int) -> dict:
+        if place == len(self._rows) - 1:
+            return self._last_read
         line, where = self._rows[place]
         if self._data is None:
             return where
@@ -483,7 +490,17 @@ class CritiqueIndex:
         return row.record
 
     def _refuse(self, place: int, reason: str) -> None:
-        self.rejected.append(Rejected(self.file, self._rows[place][0], None, reason, self._record(place)))
+        self._refused.append(Rejected(self.file, self._rows[place][0], None, reason, self._record(place)))
+
+
+def _placed_rows(data: Any) -> Iterator[tuple[Row, tuple[int, int]]]:
+    """The rows of a file of JSON lines, each with its first and last byte."""
+    start = 0
+    for line, raw in enumerate(iter(data.readline, b""), 1):
+        end = start + len(raw)
+        if (row := read_line(line, raw)) is not None:
+            yield row, (start, end)
+        start = end
 
 
 def _critique_key(record: Any) -> str | tuple[int, int]:
@@ -540,9 +557,10 @@ def _critique(item: Any, nonce: Any, num_steps: int) -> tuple[str | list[int] | 
     if not isinstance(text, str):
         what = "text must be a string" if text is not item else "must be text, an object or null"
         raise BadRow(f"{what}, got {_kind(text)}")
-    if nonce is not None and not isinstance(nonce, str):
-        raise BadRow(f"nonce must be a string, got {_kind(nonce)}")
-    suffix_of(nonce)
+    if nonce is not None:
+        if not isinstance(nonce, str):
+            raise BadRow(f"nonce must be a string, got {_kind(nonce)}")
+        check_nonce(nonce)
     return text, nonce
 
 

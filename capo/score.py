@@ -205,7 +205,7 @@ def score_file(
         table = stack.enter_context(_draft(out))
         listing = stack.enter_context(_draft(rejects))
         report = None if summary is None else stack.enter_context(_draft(summary))
-        index = CritiqueIndex("critiques") if critiques is None else CritiqueIndex.of_file(critiques)
+        index = CritiqueIndex.of_records(()) if critiques is None else CritiqueIndex.of_file(critiques)
 
         def attempt(read: Callable[[_Run, Iterator[Row]], None]) -> _Run:
             for draft in (table, listing):
@@ -313,8 +313,7 @@ class _Run:
             self._push(chunk, thread)
         if self._writing is not None:
             self._writing.result()
-        self._critiques.refuse_untaken()
-        for rejected in self._critiques.rejected:
+        for rejected in self._critiques.rejected():
             self._reject(rejected)
 
     def _push(self, chunk: list[Response], thread: ThreadPoolExecutor) -> None:
@@ -394,7 +393,9 @@ class _Run:
         open_ones = [response for response in responses if response.outcome is None and response.answer is not None]
         # What the policy sampled is what is verified, and that is the ids.
         join = self.options.tokenizer.token_bytes.join
-        texts = [join(memoryview(response.token_ids or b"").cast("i")).decode("utf-8", "replace") for response in open_ones]
+        texts = [
+            join(memoryview(response.token_ids or b"").cast("i")).decode("utf-8", "replace") for response in open_ones
+        ]
         verified = Verifier().verify(texts, [response.answer or "" for response in open_ones])
         for response, outcome in zip(open_ones, verified, strict=True):
             response.outcome = outcome.reward

@@ -556,7 +556,7 @@ BAD_CRITIQUES = {
     "unknown": ({"response_id": "z", "critiques": []}, "a response that is not there"),
     "unknown-place": ({"prompt_index": 5, "response_index": 0, "critiques": []}, "a response that is not there"),
     "twice": ({"response_id": "a", "critiques": []}, "critiques of this response are in line 1 already"),
-    "twice-by-place": ({"prompt_index": 0, "response_index": 0, "critiques": []}, "a second row of critiques of"),
+    "twice-by-place": ({"prompt_index": 0, "response_index": 0, "critiques": []}, "has others already"),
     "item-type": (
         {"response_id": "c", "critiques": [3]},
         "critique 0: must be text, an object or null, got an integer",
