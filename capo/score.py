@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,6 +42,8 @@ except ImportError as error:
     raise ImportError("writing parquet needs pyarrow: pip install 'capo[score]'") from error
 
 CHUNK_TOKENS = 1 << 18  # tokens scored at a time, and about those of a row group; at least one whole group
+_CHUNKS_AHEAD = 2  # one that is encoded on all cores, and one whose ids are handed over on one
+_THREADS = _CHUNKS_AHEAD + 1  # for these, and to write
 _SHOWN_REJECTS = 10
 
 SCHEMA = pa.schema(
@@ -259,7 +261,7 @@ class _Run:
         write: takes each batch of `SCHEMA`, in another thread.
         reject: takes each refused row.
 
-    Text is encoded and batches are written in another thread, a chunk ahead and a chunk behind: both are native code.
+    Text is encoded some chunks ahead and batches are written a chunk behind, in other threads: both are native code.
     """
 
     def __init__(
@@ -278,55 +280,61 @@ class _Run:
         self._reject_to = reject
         self._group_numbers: dict[Any, int] = {}
         self._ids: set[str] = set()
-        self._ahead: tuple[list[Response], Future | None] = [], None
+        self._ahead: deque[tuple[list[Response], Future | None]] = deque()
         self._writing: Future | None = None
 
     def in_chunks(self, rows: Iterable[Row]) -> None:
         """Score rows whose groups are adjacent; raises `_ScatteredGroup` as soon as they are not."""
         chunk: list[Response] = []
         size, first_open = 0, 0
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(_THREADS) as threads:
             for response in self._responses(rows):
                 if response.group < first_open:
                     raise _ScatteredGroup
                 if size >= CHUNK_TOKENS and response.group != chunk[-1].group:
                     first_open = response.group
-                    self._push(chunk, thread)
+                    self._push(chunk, threads)
                     chunk, size = [], 0
                 chunk.append(response)
                 size += response.size
-            self._finish([chunk], thread)
+            self._finish([chunk], threads)
 
     def all_at_once(self, rows: Iterable[Row]) -> None:
         """Score rows in any order; the responses of a group come out together."""
         groups: dict[int, list[Response]] = {}
         for response in self._responses(rows):
             groups.setdefault(response.group, []).append(response)
-        with ThreadPoolExecutor(1) as thread:
-            self._finish(_chunks(groups.values()), thread)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            self._finish(_chunks(groups.values()), threads)
 
     def summary(self) -> ScoreSummary:
         return self.tallies.summary()
 
-    def _finish(self, chunks: Iterable[list[Response]], thread: ThreadPoolExecutor) -> None:
-        for chunk in chain(chunks, [[]]):
-            self._push(chunk, thread)
+    def _finish(self, chunks: Iterable[list[Response]], threads: ThreadPoolExecutor) -> None:
+        for chunk in chunks:
+            self._push(chunk, threads)
+        while self._ahead:
+            self._score_next(threads)
         if self._writing is not None:
             self._writing.result()
         for rejected in self._critiques.rejected():
             self._reject(rejected)
 
-    def _push(self, chunk: list[Response], thread: ThreadPoolExecutor) -> None:
-        """Begin to encode a chunk of whole groups, and score the one before."""
+    def _push(self, chunk: list[Response], threads: ThreadPoolExecutor) -> None:
+        """Begin to encode a chunk of whole groups, and score the one that is longest under way."""
         texts = [response.text or "" for response in chunk if response.token_ids is None]
         if texts and self.options.tokenizer.why_not:
             raise InputError(f"a response is given as text and cannot be encoded: {self.options.tokenizer.why_not}")
-        ahead = chunk, thread.submit(self.options.tokenizer.encode, texts) if texts else None
-        (chunk, encoded), self._ahead = self._ahead, ahead
-        batch = self._scored(chunk, encoded.result() if encoded else [])
+        self._ahead.append((chunk, threads.submit(self.options.tokenizer.encode, texts) if texts else None))
+        if len(self._ahead) > _CHUNKS_AHEAD:
+            self._score_next(threads)
+
+    def _score_next(self, threads: ThreadPoolExecutor) -> None:
+        chunk, encoding = self._ahead.popleft()
+        batch = self._scored(chunk, encoding.result() if encoding else [])
         if self._writing is not None:
             self._writing.result()
-        self._writing = thread.submit(self._write, batch) if batch is not None else None
+        self._writing = threads.submit(self._write, batch) if batch is not None else None
 
     def _responses(self, rows: Iterable[Row]) -> Iterator[Response]:
         """The responses that can be used, each with the number of its group, in order of first appearance."""
