@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
