@@ -20,6 +20,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from typer.testing import CliRunner
 
+import capo.critique
+import capo.records
 import capo.score
 from capo import reference
 from capo.cli import app
@@ -407,6 +409,15 @@ def mixed_records(seed):
         if rng.random() < 0.3:
             row["answer"] = rng.choice(["abc", 3])
     return [*rows, {"prompt": "alone", "text": "x|é|\U0001f642", "outcome": 0.5}, {"text": "x"}], critiques
+
+
+def test_without_the_native_module_everything_is_the_same(monkeypatch):
+    records = mixed_records(14)
+    native = score(*records, BYTES, delimiter="|")
+    for module in (capo.records, capo.critique):
+        monkeypatch.setattr(module, "_native", None)
+    plain = score(*records, BYTES, delimiter="|")
+    assert plain.table.equals(native.table) and plain.rejected == native.rejected and plain.summary == native.summary
 
 
 def test_the_output_is_bit_for_bit_what_it_was(files, monkeypatch):
