@@ -1,0 +1,402 @@
+"""Compares answers with Math-Verify, in processes that can be killed. Run as a script by `capo.verify_pool`; imports no capo.
+
+The nursery imports Math-Verify once, warms it up with answers of its own, and then only forks and watches: it parses no
+answer and evaluates nothing. Workers are forked from it, single-threaded as it is, compare a few pairs each and end, so
+that nothing a pair leaves behind lives long. The kernel ends a worker that exceeds its wall clock, which starts when the
+worker begins a pair, or its processor time.
+
+Both ends speak JSON lines. In: one object of options, then ``[number, known, given]``. Out: ``{"ready": ...}`` or
+``{"error": ...}``, then ``[number, verdict]``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import logging
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+# More than one word a kind, so that counts can tell them apart; "right" and "wrong" are the only decisions.
+VERDICTS = ("right", "wrong", "parse", "size", "memory", "timeout", "crash")
+LIFE = 32  # pairs that a worker compares before another takes its place
+YOUNG = 0.05  # seconds after which a busy worker no longer keeps others from being started
+GRACE = 0.5  # seconds after which the nursery kills a worker that the kernel should have killed
+
+# Known pairs, for warming up and for the test at the start: known answer, given answer, verdict.
+KNOWN_PAIRS = (
+    ("x+1", "1+x", "right"),
+    ("x+1", "x+2", "wrong"),
+    (r"\frac{\pi}{2}", r"\pi/2", "right"),
+    (r"\frac{\pi}{2}", r"\frac{\pi}{3}", "wrong"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", "right"),
+    ("2*sqrt(3)", r"2\sqrt{3}", "right"),
+    ("x**10", "x^{10}", "right"),
+    ("x**10", "x^{11}", "wrong"),
+    ("(x+1)^2", "x^2+2x+1", "right"),
+    ("(x+1)^2", "x^2+1", "wrong"),
+    (r"\{1,2\}", r"\{2,1\}", "right"),
+    ("1,2,3", "3,2,1", "right"),
+    ("1,2,3", "3", "wrong"),
+    ("3", "1,2,3", "wrong"),
+    ("(1,2)", "[1,2]", "wrong"),
+    (r"(-\infty, 2]", r"(-\infty,2]", "right"),
+    (r"[0,1)\cup(2,3]", r"(2,3]\cup[0,1)", "right"),
+    ("x<2", r"(-\infty,2)", "right"),
+    ("5", "x=5", "right"),
+    (r"\pm 2", "2,-2", "right"),
+    (r"\pm 2", "2", "wrong"),
+    ("2+3i", "3i+2", "right"),
+    ("2+3i", "2-3i", "wrong"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", "right"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", "wrong"),
+    (r"\log_2 8", "3", "right"),
+    (r"\sin^2 x+\cos^2 x", "1", "right"),
+    ("5!", "120", "right"),
+    (r"\binom{5}{2}", "10", "right"),
+    ("e^{x}", "e^{2x}", "wrong"),
+    ("y=2x+1", "y=1+2x", "right"),
+    ("x+1", r"\frac{1}{", "wrong"),
+    (r"\frac{1}{", "1", "parse"),
+)
+
+
+# ---- comparing
+
+
+def load() -> Callable[[str, str], str]:
+    """Import Math-Verify and make it safe; returns what compares a known with a given answer.
+
+    It is never handed a text to search: its search leads to SymPy's `parse_expr`, which calls `eval`. Its LaTeX grammar
+    does not, but builds numbers with `sympy.Number(text)`, which does through `sympify`; so `parse_expr` is replaced by a
+    reader of plain numbers.
+    """
+    import re
+
+    import sympy
+    import sympy.parsing.sympy_parser as sympy_parser
+    import sympy.physics.units  # noqa: F401  what SymPy would import only when it is needed
+    from latex2sympy2_extended import latex2sympy2
+    from math_verify import grader, parser
+
+    logging.disable(logging.CRITICAL)
+    digits = re.compile(r"[0-9]+")
+    decimal = re.compile(r"[0-9]*\.[0-9]+|[0-9]+\.")
+
+    def number(text: str, *args: Any, **options: Any) -> Any:
+        if digits.fullmatch(text):
+            return sympy.Integer(int(text))
+        if decimal.fullmatch(text):
+            return sympy.Float(text)
+        raise Refused(f"{text!r:.60} is no number")
+
+    for module in (sympy_parser, latex2sympy2, parser):
+        module.parse_expr = number  # type: ignore[attr-defined]
+    # Its comparison takes any exception for "not equal". These are none: the answer was not compared.
+    faults = (MemoryError, RecursionError, OSError, ImportError)
+    grader.Exception = _all_but(faults)  # type: ignore[attr-defined]
+    config = parser.LatexExtractionConfig().normalization_config
+
+    def parse(written: str) -> Any:
+        latex = latex2sympy2.normalize_latex(ascii_to_latex(written), config=config)
+        is_real = not grader.should_treat_as_complex(latex)
+        value = latex2sympy2.latex2sympy(latex, is_real=is_real, convert_degrees=False, normalization_config=None)
+        if not isinstance(value, (sympy.Basic, sympy.MatrixBase)) or value.has(sympy.nan, sympy.zoo):
+            raise ValueError("no value")
+        return value
+
+    def compare(known: str, given: str) -> str:
+        try:
+            try:
+                value = parse(known)
+            except faults:
+                raise
+            except Exception:  # its parser raises plain Exception
+                return "parse"
+            try:
+                other = parse(given)
+            except faults:
+                raise
+            except Exception:
+                return "wrong"
+            equal = grader.verify(value, other, timeout_seconds=None, raise_on_error=True)
+            return "right" if equal else "wrong"
+        except MemoryError:
+            return "memory"
+        except RecursionError:
+            return "size"
+
+    return compare
+
+
+class Refused(BaseException):
+    """Something was about to be run that has no place here. No `except Exception` stops it."""
+
+
+def _all_but(faults: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
+    """All exception classes that are none of these and have none of these below them."""
+    found, stack = [], [Exception]
+    while stack:
+        for kind in type.__subclasses__(stack.pop()):
+            if kind in faults:
+                continue
+            if any(issubclass(fault, kind) for fault in faults):
+                stack.append(kind)
+            else:
+                found.append(kind)
+    return tuple(found)
+
+
+def ascii_to_latex(written: str) -> str:
+    """An expression in the notation of programs, ``2*sqrt(x)**10``, as LaTeX; anything with a backslash stays as it is."""
+    import re
+
+    if "\\" in written:
+        return written
+    text = written.replace("**", "^")
+    text = re.sub(r"\^ ?\(?(-?[0-9]+(?:/[0-9]+)?)\)?", r"^{\1}", text)
+    text = re.sub(r"(?<![A-Za-z\\])(pi|theta|alpha|beta|infty|sin|cos|tan|log|ln)(?![a-z])", r"\\\1 ", text)
+    text = re.sub(r"(?<![A-Za-z\\])(?:infinity|oo|inf)(?![A-Za-z])", r"\\infty ", text)
+    text = re.sub(r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    return text.replace("*", r"\cdot ")
+
+
+# ---- a worker
+
+
+def _forbid(event: str, args: tuple[Any, ...]) -> None:
+    """An audit hook: what a comparison has no business with. SymPy compiles functions of its own for polynomials."""
+    if event == "compile":
+        source, name = args[0], str(args[1])
+        own = isinstance(source, (bytes, str)) and source[:13] in (b"def monomial_", "def monomial_")
+        if not own and not name.endswith(".py"):
+            raise Refused(event)
+    elif event == "open":
+        mode, flags = args[1], args[2]
+        if (isinstance(mode, str) and set(mode) & set("wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise Refused(event)
+    elif event.startswith(
+        ("socket.", "subprocess.", "os.", "shutil.", "ctypes.", "pickle.")
+    ) and event not in ("os.listdir", "os.scandir"):  # those two are how modules are found
+        raise Refused(event)
+
+
+def work(pairs: int, verdicts: int, options: dict[str, Any], compare: Callable[[str, str], str]) -> None:
+    """Compare the pairs that come in, until none comes; never returns."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "linux":
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the nursery
+        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    memory = _address_space() + int(options["memory"])
+    for kind, most in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 32),
+    ):
+        resource.setrlimit(kind, (most, most))
+    clocks = (signal.ITIMER_REAL, float(options["timeout"])), (signal.ITIMER_PROF, float(options["cpu"]))
+    setitimer = signal.setitimer
+    sys.addaudithook(_forbid)
+    with os.fdopen(pairs, "rb") as inbox:
+        for line in inbox:
+            for clock, seconds in clocks:
+                setitimer(clock, seconds)  # when it runs out, the default action of its signal ends this process
+            os.write(verdicts, b"begun\n")
+            known, given = json.loads(line)
+            try:
+                verdict = compare(known, given)
+            except Refused:
+                verdict = "crash"
+            except Exception:
+                verdict = "crash"
+            for clock, _ in clocks:
+                setitimer(clock, 0)
+            os.write(verdicts, f"{verdict}\n".encode())
+    os._exit(0)
+
+
+def _address_space() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 1 << 30  # not Linux
+
+
+# ---- the nursery
+
+
+class Worker:
+    """A forked process, as the nursery sees it."""
+
+    def __init__(self, options: dict[str, Any], compare: Callable[[str, str], str], others: list[int]) -> None:
+        pairs, self.pairs = os.pipe()
+        self.verdicts, verdicts = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            # Nothing may reach the code of the nursery again.
+            try:
+                for channel in (self.pairs, self.verdicts, *others):
+                    os.close(channel)
+                work(pairs, verdicts, options, compare)
+            finally:
+                os._exit(1)
+        os.close(pairs)
+        os.close(verdicts)
+        self.item: list[Any] | None = None
+        self.since = 0.0
+        self.begun: float | None = None
+        self.done = 0
+        self.heard = b""
+
+    def take(self, item: list[Any]) -> None:
+        self.item, self.since, self.begun = item, time.monotonic(), None
+        try:
+            os.write(self.pairs, json.dumps(item[1:]).encode() + b"\n")
+        except BrokenPipeError:
+            pass  # it is dead, and the other pipe will say so
+
+    def end(self) -> int:
+        """End the process, if it has not ended by itself; returns its wait status."""
+        os.close(self.pairs)
+        os.close(self.verdicts)
+        os.kill(self.pid, signal.SIGKILL)
+        return os.waitpid(self.pid, 0)[1]
+
+
+class Nursery:
+    """Hands pairs to workers, one pair each at a time, and reports the verdicts."""
+
+    def __init__(self, source: int, sink: int, options: dict[str, Any], compare: Callable[[str, str], str]) -> None:
+        self.source, self.sink = source, sink
+        self.options, self.compare = options, compare
+        self.workers: dict[int, Worker] = {}  # by the descriptor of their verdicts
+        self.inbox: deque[list[Any]] = deque()
+        self.outbox = b""
+        self.half = b""  # a line that has not arrived whole
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.set_blocking(source, False)
+        os.set_blocking(sink, False)
+
+    def run(self) -> None:
+        """Serve until the other end closes; never blocks on either end."""
+        try:
+            while True:
+                self._hand_out()
+                wait = YOUNG if any(worker.item for worker in self.workers.values()) else None
+                readable, writable, _ = select.select(
+                    [self.source, *self.workers], [self.sink] if self.outbox else [], [], wait
+                )
+                if self.source in readable and not self._receive():
+                    return
+                for channel in readable:
+                    if channel in self.workers:
+                        self._listen(self.workers[channel])
+                self._kill_overdue()
+                if writable:
+                    self.outbox = self.outbox[os.write(self.sink, self.outbox) :]
+        except BrokenPipeError:
+            return
+        finally:
+            for worker in self.workers.values():
+                worker.end()
+
+    def report(self, message: Any) -> None:
+        self.outbox += json.dumps(message).encode() + b"\n"
+
+    def _receive(self) -> bool:
+        data = os.read(self.source, 1 << 20)
+        *lines, self.half = (self.half + data).split(b"\n")
+        self.inbox.extend(json.loads(line) for line in lines)
+        return bool(data)
+
+    def _hand_out(self) -> None:
+        for worker in list(self.workers.values()):
+            if worker.item is None and (not self.inbox or worker.done >= LIFE):
+                self._retire(worker)
+            elif worker.item is None:
+                worker.take(self.inbox.popleft())
+        now = time.monotonic()
+        young = sum(now - worker.since < YOUNG for worker in self.workers.values())
+        while self.inbox and young < self.cores and len(self.workers) < self.options["workers"]:
+            channels = [channel for worker in self.workers.values() for channel in (worker.pairs, worker.verdicts)]
+            worker = Worker(self.options, self.compare, [self.source, self.sink, *channels])
+            self.workers[worker.verdicts] = worker
+            worker.take(self.inbox.popleft())
+            young += 1
+
+    def _listen(self, worker: Worker) -> None:
+        data = os.read(worker.verdicts, 4096)
+        *lines, worker.heard = (worker.heard + data).split(b"\n")
+        for line in lines:
+            word = line.decode("ascii", "replace")
+            if word == "begun":
+                worker.begun = time.monotonic()
+            elif worker.item is not None:
+                self.report([worker.item[0], word if word in VERDICTS else "crash"])
+                worker.item = None
+                worker.done += 1
+        if not data:
+            self._bury(worker)
+
+    def _bury(self, worker: Worker, verdict: str | None = None) -> None:
+        del self.workers[worker.verdicts]
+        status = worker.end()
+        if worker.item is not None:
+            ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            clocks = (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU)
+            self.report([worker.item[0], verdict or ("timeout" if ended_by in clocks else "crash")])
+
+    def _retire(self, worker: Worker) -> None:
+        del self.workers[worker.verdicts]
+        worker.end()
+
+    def _kill_overdue(self) -> None:
+        latest = time.monotonic() - self.options["timeout"] - GRACE
+        for worker in list(self.workers.values()):
+            if worker.item is not None and worker.begun is not None and worker.begun < latest:
+                self._bury(worker, "timeout")
+
+
+def main() -> None:
+    """Read the options, warm up, serve."""
+    source, sink = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for channel in (0, 1):  # what a library prints must not get between the lines
+        os.dup2(null, channel)
+    for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(kind, (0, 0))
+    for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    with os.fdopen(os.dup(source), "rb", buffering=0) as first:
+        options = json.loads(first.readline())
+    sys.path.extend(path for path in options["path"] if path not in sys.path)
+    try:
+        compare = load()
+        for known, given, _ in KNOWN_PAIRS:
+            compare(known, given)
+    except Exception as error:
+        os.write(sink, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+        return
+    # What the workers share with the nursery stays shared while nobody writes to it.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    nursery = Nursery(source, sink, options, compare)
+    nursery.report({"ready": os.getpid()})
+    nursery.run()
+
+
+if __name__ == "__main__":
+    main()
