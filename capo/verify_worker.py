@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import logging
 import os
+import re
 import resource
 import select
 import signal
@@ -28,7 +30,9 @@ from typing import Any
 # More than one word a kind, so that counts can tell them apart; "right" and "wrong" are the only decisions.
 VERDICTS = ("right", "wrong", "parse", "size", "memory", "timeout", "crash")
 LIFE = 32  # pairs that a worker compares before another takes its place
-YOUNG = 0.05  # seconds after which a busy worker no longer keeps others from being started
+SHORT = 0.1  # seconds of a comparison after which its worker has to let others go first
+SLOWER = 5  # by how much it is made nicer
+PATIENCE = 0.02  # seconds without a verdict after which more workers are started
 GRACE = 0.5  # seconds after which the nursery kills a worker that the kernel should have killed
 
 # Known pairs, for warming up and for the test at the start: known answer, given answer, verdict.
@@ -64,10 +68,38 @@ KNOWN_PAIRS = (
     (r"\binom{5}{2}", "10", "right"),
     ("e^{x}", "e^{2x}", "wrong"),
     ("y=2x+1", "y=1+2x", "right"),
+    (r"\frac{1}{2}", r"\int_0^1 x dx", "right"),
+    ("1", r"\lim_{x\to 0}\frac{\sin x}{x}", "right"),
+    ("55", r"\sum_{n=1}^{10} n", "right"),
     ("x+1", r"\frac{1}{", "wrong"),
     (r"\frac{1}{", "1", "parse"),
 )
 
+
+_LIBC = ctypes.CDLL(None)
+
+# What SymPy imports only when it is needed; a worker may not compile anything, so not import these either.
+_LAZY = (
+    "combinatorics.perm_groups",
+    "concrete.gosper",
+    "concrete.summations",
+    "functions.special.hyper",
+    "integrals.heurisch",
+    "integrals.manualintegrate",
+    "integrals.meijerint",
+    "integrals.risch",
+    "physics.units",
+    "series.gruntz",
+    "series.limits",
+    "series.formal",
+    "sets.handlers.functions",
+    "sets.setexpr",
+    "simplify.hyperexpand",
+    "solvers.inequalities",
+    "solvers.ode",
+    "solvers.solveset",
+    "tensor.tensor",
+)
 
 # ---- comparing
 
@@ -79,21 +111,21 @@ def load() -> Callable[[str, str], str]:
     does not, but builds numbers with `sympy.Number(text)`, which does through `sympify`; so `parse_expr` is replaced by a
     reader of plain numbers.
     """
-    import re
-
     import sympy
     import sympy.parsing.sympy_parser as sympy_parser
-    import sympy.physics.units  # noqa: F401  what SymPy would import only when it is needed
     from latex2sympy2_extended import latex2sympy2
     from math_verify import grader, parser
 
     logging.disable(logging.CRITICAL)
-    digits = re.compile(r"[0-9]+")
-    decimal = re.compile(r"[0-9]*\.[0-9]+|[0-9]+\.")
+    for name in _LAZY:
+        importlib.import_module(f"sympy.{name}")
+    fraction = re.compile(r"(-?[0-9]+)(?:/([0-9]+))?")
+    decimal = re.compile(r"-?(?:[0-9]*\.[0-9]+|[0-9]+\.|[0-9]+(?=[eE]))(?:[eE][+-]?[0-9]{1,3})?")
 
     def number(text: str, *args: Any, **options: Any) -> Any:
-        if digits.fullmatch(text):
-            return sympy.Integer(int(text))
+        match = fraction.fullmatch(text)
+        if match:
+            return sympy.Rational(int(match[1]), int(match[2] or 1))
         if decimal.fullmatch(text):
             return sympy.Float(text)
         raise Refused(f"{text!r:.60} is no number")
@@ -157,16 +189,20 @@ def _all_but(faults: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]
 
 def ascii_to_latex(written: str) -> str:
     """An expression in the notation of programs, ``2*sqrt(x)**10``, as LaTeX; anything with a backslash stays as it is."""
-    import re
-
     if "\\" in written:
         return written
     text = written.replace("**", "^")
-    text = re.sub(r"\^ ?\(?(-?[0-9]+(?:/[0-9]+)?)\)?", r"^{\1}", text)
+    text = re.sub(r"(?:\^ ?-?[0-9A-Za-z.]+ ?)+", _powers, text)
     text = re.sub(r"(?<![A-Za-z\\])(pi|theta|alpha|beta|infty|sin|cos|tan|log|ln)(?![a-z])", r"\\\1 ", text)
     text = re.sub(r"(?<![A-Za-z\\])(?:infinity|oo|inf)(?![A-Za-z])", r"\\infty ", text)
     text = re.sub(r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)
     return text.replace("*", r"\cdot ")
+
+
+def _powers(match: re.Match[str]) -> str:
+    """``^a^b`` as ``^{a^{b}}``: a power of a power is one of its exponent."""
+    exponents = [exponent.strip() for exponent in match[0].split("^")[1:]]
+    return "".join(f"^{{{exponent}" for exponent in exponents) + "}" * len(exponents)
 
 
 # ---- a worker
@@ -191,10 +227,9 @@ def _forbid(event: str, args: tuple[Any, ...]) -> None:
 
 def work(pairs: int, verdicts: int, options: dict[str, Any], compare: Callable[[str, str], str]) -> None:
     """Compare the pairs that come in, until none comes; never returns."""
-    libc = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "linux":
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the nursery
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the nursery
+        _LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     memory = _address_space() + int(options["memory"])
     for kind, most in (
         (resource.RLIMIT_AS, memory),
@@ -285,6 +320,9 @@ class Nursery:
         self.outbox = b""
         self.half = b""  # a line that has not arrived whole
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.busy = 0
+        self.allowed = self.cores  # workers at a time, for now
+        self.moved = time.monotonic()  # when there was a verdict last, or more workers were allowed
         os.set_blocking(source, False)
         os.set_blocking(sink, False)
 
@@ -293,7 +331,9 @@ class Nursery:
         try:
             while True:
                 self._hand_out()
-                wait = YOUNG if any(worker.item for worker in self.workers.values()) else None
+                # Forking is slow on a busy machine, so what may be needed at once is forked when there is nothing to do.
+                short = not self.busy and len(self.workers) < self.options["workers"]
+                wait = PATIENCE if self.busy else 0.0 if short else None
                 readable, writable, _ = select.select(
                     [self.source, *self.workers], [self.sink] if self.outbox else [], [], wait
                 )
@@ -302,7 +342,9 @@ class Nursery:
                 for channel in readable:
                     if channel in self.workers:
                         self._listen(self.workers[channel])
-                self._kill_overdue()
+                if short and not readable:
+                    self._fork()
+                self._watch()
                 if writable:
                     self.outbox = self.outbox[os.write(self.sink, self.outbox) :]
         except BrokenPipeError:
@@ -321,19 +363,27 @@ class Nursery:
         return bool(data)
 
     def _hand_out(self) -> None:
+        idle = []
         for worker in list(self.workers.values()):
-            if worker.item is None and (not self.inbox or worker.done >= LIFE):
+            if worker.item is None and worker.done and (worker.done >= LIFE or not self.inbox):
                 self._retire(worker)
             elif worker.item is None:
-                worker.take(self.inbox.popleft())
+                idle.append(worker)
+        # As many as there are cores while verdicts come; while none comes, twice as many each time, as those hang.
         now = time.monotonic()
-        young = sum(now - worker.since < YOUNG for worker in self.workers.values())
-        while self.inbox and young < self.cores and len(self.workers) < self.options["workers"]:
-            channels = [channel for worker in self.workers.values() for channel in (worker.pairs, worker.verdicts)]
-            worker = Worker(self.options, self.compare, [self.source, self.sink, *channels])
-            self.workers[worker.verdicts] = worker
-            worker.take(self.inbox.popleft())
-            young += 1
+        if now - self.moved > PATIENCE:
+            self.allowed, self.moved = 2 * self.allowed, now
+        self.allowed = min(self.allowed, self.options["workers"])
+        self.busy = len(self.workers) - len(idle)
+        while self.inbox and self.busy < self.allowed:
+            (idle.pop() if idle else self._fork()).take(self.inbox.popleft())
+            self.busy += 1
+
+    def _fork(self) -> Worker:
+        channels = [channel for worker in self.workers.values() for channel in (worker.pairs, worker.verdicts)]
+        worker = Worker(self.options, self.compare, [self.source, self.sink, *channels])
+        self.workers[worker.verdicts] = worker
+        return worker
 
     def _listen(self, worker: Worker) -> None:
         data = os.read(worker.verdicts, 4096)
@@ -346,6 +396,7 @@ class Nursery:
                 self.report([worker.item[0], word if word in VERDICTS else "crash"])
                 worker.item = None
                 worker.done += 1
+                self.allowed, self.moved = max(self.cores, self.allowed - 1), time.monotonic()
         if not data:
             self._bury(worker)
 
@@ -361,11 +412,16 @@ class Nursery:
         del self.workers[worker.verdicts]
         worker.end()
 
-    def _kill_overdue(self) -> None:
-        latest = time.monotonic() - self.options["timeout"] - GRACE
+    def _watch(self) -> None:
+        now = time.monotonic()
         for worker in list(self.workers.values()):
-            if worker.item is not None and worker.begun is not None and worker.begun < latest:
+            if worker.item is None or worker.begun is None:
+                continue
+            if now - worker.begun > self.options["timeout"] + GRACE:
                 self._bury(worker, "timeout")
+            elif now - worker.begun > SHORT and worker.done < LIFE:
+                worker.done = LIFE  # its last pair
+                os.setpriority(os.PRIO_PROCESS, worker.pid, os.getpriority(os.PRIO_PROCESS, 0) + SLOWER)
 
 
 def main() -> None:
