@@ -73,6 +73,8 @@ def extract(text: str, forms: Sequence[str] = ("boxed", "hashes", "answer")) -> 
 
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 
+_SOLID = re.compile(r"[^\s{}]")
+
 
 def _boxed(text: str) -> str | None:
     boxes: list[tuple[int, int]] = []  # content of the boxes closed so far that lie in no other
@@ -80,7 +82,7 @@ def _boxed(text: str) -> str | None:
     for match in _BRACES.finditer(text):
         if match[1] or match[0] == "{":
             opened.append(match.end() if match[1] else 0)
-        elif match[0] == "}" and opened and (begin := opened.pop()) and text[begin : match.start()].strip(" \t\n{}"):
+        elif match[0] == "}" and opened and (begin := opened.pop()) and _SOLID.search(text, begin, match.start()):
             while boxes and boxes[-1][0] > begin:
                 boxes.pop()
             boxes.append((begin, match.start()))
@@ -150,7 +152,7 @@ _SAME = str.maketrans(
     | dict.fromkeys("\u00a0\u2009\u202f\u3000~", " ")
     | {"\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": "/", "\u2215": "/", "\u2044": "/"}
 )
-_BLANKS = re.compile(r"\\[,;:! ]|\\q?quad(?![A-Za-z])|\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\s+")
+_BLANKS = re.compile(r"(?:\\[,;:! ]|\\q?quad(?![A-Za-z])|\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\s)+")
 _FRAC = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|rm|bf)\s*\{([^{}\\]*)\}")
 _WRAPPED = (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"))
@@ -158,7 +160,9 @@ _WRAPPED = (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)")
 
 def clean(written: str) -> str:
     r"""An answer without what does not change it: ``$`` around it, ``\text{}``, spacing commands, a full stop."""
-    text = _FRAC.sub(r"\\frac", written.translate(_SAME)).replace("{,}", ",").replace(r"\$", "\uff04").replace(r"\%", "%")
+    text = (
+        _FRAC.sub(r"\\frac", written.translate(_SAME)).replace("{,}", ",").replace(r"\$", "\uff04").replace(r"\%", "%")
+    )
     text = _TEXT.sub(r" \1 ", text)
     text = _BLANKS.sub(" ", text).strip()
     for _ in range(8):
@@ -201,14 +205,19 @@ _CURRENCIES = {"$": "dollar", "\uff04": "dollar", "€": "euro", "£": "pound"}
 _EUROPEAN = re.compile(r"[+-]?[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+")
 _DEGREES = re.compile(r" ?(?:°|\^ ?\{? ?(?:\\circ|°) ?\}?|\\degree) ?([CFK]?)")
 _GLUED = re.compile(r"(?:[cmk]?m|[mk]?g|m?l|mph|kmh|min|hrs?|ft|lbs?|oz|inch|inches)(?:\^?[23])?", re.IGNORECASE)
-_UNIT = re.compile(r" ?(?:/ ?)?[A-Za-z]+\.?(?: ?\^ ?\{?[23]\}?)?(?:(?: ?/ ?| |-)[A-Za-z]+\.?(?: ?\^ ?\{?[23]\}?)?){0,4}")
+_UNIT = re.compile(
+    r" ?(?:/ ?)?[A-Za-z]+\.?(?: ?\^ ?\{?[23]\}?)?(?:(?: ?/ ?| |-)[A-Za-z]+\.?(?: ?\^ ?\{?[23]\}?)?){0,4}"
+)
 _SHORT_UNITS = frozenset("mgshlL")
 # Words that make something else of the number before them.
 _NO_UNITS = frozenset(
-    "and or to plus minus times over by squared cubed factorial half halves third thirds quarter quarters point negative not mod "
-    "choose pi sqrt sin cos tan log ln exp if when but is are equals if than more less least most about root power divided "
-    "multiplied theta alpha beta infinity infty i e x y z hundred thousand million billion trillion dozen none either nor "
-    "maybe remainder".split()
+    re.findall(
+        "[a-z]+",
+        """and or to plus minus times over by squared cubed factorial half halves third thirds quarter quarters point negative
+        not mod choose pi sqrt sin cos tan log ln exp if when but is are equals than more less least most about root power
+        divided multiplied theta alpha beta infinity infty i e x y z hundred thousand million billion trillion dozen none
+        either nor maybe remainder""",
+    )
 )
 
 
@@ -292,7 +301,9 @@ def _unit(match: re.Match[str]) -> str | None:
 
 _WORDS = re.compile(r"[A-Za-z]+(?:[ '-][A-Za-z]+)*")
 _SHORT_WORDS = frozenset(["yes", "no", "odd", "not"])
-_NAMES = frozenset("infinity infty sqrt frac alpha beta gamma delta theta sigma omega lambda".split())
+_NAMES = frozenset(
+    ["infinity", "infty", "sqrt", "frac", "alpha", "beta", "gamma", "delta", "theta", "sigma", "omega", "lambda"]
+)
 
 
 def _words(text: str, written: str) -> Words | None:

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,8 @@ from capo.answers import (
 from capo.errors import VerifierError
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from capo.verify_pool import Pool
 
 __all__ = ["AnswerTooLong", "Outcome", "Verifier", "VerifierError", "extract", "final_answer"]
@@ -127,6 +130,7 @@ class Verifier:
         self.max_digits, self.forms, self.engine = max_digits, tuple(forms), engine
         self._limits: dict[str, Any] = {"timeout": timeout, "cpu": cpu, "memory": memory_mib << 20, "workers": workers}
         self._pool = None if engine == "plain" else self._find_pool()
+        self._reading = _Reading(self.forms, max_digits, self._pool is not None, engine == "plain")
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
@@ -151,13 +155,13 @@ class Verifier:
 
     def _test(self) -> None:
         for known, response, wanted in _PLAIN_PAIRS:
-            verdict = Verifier._verdict(_ForTest, response, known)
+            verdict = _Reading(("boxed", "hashes", "answer"), 100, compares=False, strict=True).verdict(response, known)
             if verdict != wanted:
                 raise VerifierError(
                     f"the verifier's self-test failed: {response!r} against {known!r} is {verdict}, not {wanted}"
                 )
 
-    def __enter__(self) -> Verifier:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,7 +226,9 @@ class Verifier:
         if len(responses) != len(answers):
             raise ValueError(f"verify: {len(responses)} responses, but {len(answers)} answers")
         began = time.perf_counter()
-        verdicts = [self._verdict(self, response, answer) for response, answer in zip(responses, answers, strict=True)]
+        verdicts = [
+            self._reading.verdict(response, answer) for response, answer in zip(responses, answers, strict=True)
+        ]
         # The samples of a group often give the same answer: each pair is compared once.
         pairs = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple)))
         compared = dict(zip(pairs, self._pool.compare(pairs) if self._pool is not None else (), strict=True))
@@ -234,11 +240,26 @@ class Verifier:
         outcomes = {"right": Outcome.RIGHT, "wrong": Outcome.WRONG}
         return [outcomes.get(word, Outcome.UNDECIDED) for word in words]
 
-    @staticmethod
-    def _verdict(self: Any, response: str, answer: str) -> str | tuple[str, str]:
+
+@dataclass(frozen=True)
+class _Reading:
+    """How answers are read.
+
+    Args:
+        forms, max_digits: see `Verifier`.
+        compares: what is not plain is compared elsewhere.
+        strict: what is not plain is no answer.
+    """
+
+    forms: tuple[str, ...]
+    max_digits: int
+    compares: bool
+    strict: bool
+
+    def verdict(self, response: str, answer: str) -> str | tuple[str, str]:
         """A word, or the pair of answers that is to be compared by Math-Verify."""
         try:
-            known_text, known = _known(answer, self.forms, self.max_digits)
+            known_text, known = self._known(answer)
         except AnswerTooLong:
             return "size"
         if not known_text:
@@ -263,26 +284,19 @@ class Verifier:
             return "parse"
         if is_unreadable_number(given_text):
             return "wrong"
-        if self._pool is not None:
+        if self.compares:
             return known_text, given_text
-        return "wrong" if self.engine == "plain" and known is not None else "engine"
+        return "wrong" if self.strict and known is not None else "engine"
 
-
-class _ForTest:
-    """What the self-test's answers are read with."""
-
-    max_digits, forms, engine, _pool = 100, ("boxed", "hashes", "answer"), "plain", None
-
-
-def _known(answer: str, forms: Sequence[str], max_digits: int) -> tuple[str, Number | Words | None]:
-    """A known answer as text, bare or taken out of its working, and as a plain value."""
-    bare = answer.strip()
-    if len(bare) <= MAX_CHARS:
-        value = read(bare, max_digits)
-        if value is not None:
-            return bare, value
-    text = extract(answer, forms) or bare
-    return text, read(text, max_digits)
+    def _known(self, answer: str) -> tuple[str, Number | Words | None]:
+        """A known answer as text, bare or taken out of its working, and as a plain value."""
+        bare = answer.strip()
+        if len(bare) <= MAX_CHARS:
+            value = read(bare, self.max_digits)
+            if value is not None:
+                return bare, value
+        text = extract(answer, self.forms) or bare
+        return text, read(text, self.max_digits)
 
 
 def final_answer(text: str, max_digits: int = 100) -> Fraction | None:

@@ -61,9 +61,7 @@ class Pool:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._reset()
-        if hasattr(os, "register_at_fork"):
-            pool = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: (p := pool()) and p._forget())
+        _POOLS.add(self)
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
@@ -76,7 +74,7 @@ class Pool:
         self._pending: dict[int, _Item] = {}
         self._next = 0
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """In a forked child: the processes belong to the parent, this copy begins anew."""
         process = self._process
         closed = self._closed
@@ -293,3 +291,14 @@ class Pool:
             process.kill()  # its workers end with it
         if reader is not None and reader is not threading.current_thread():
             reader.join(5.0)
+
+
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_POOLS):
+        pool.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
