@@ -39,7 +39,7 @@ _verifier: Verifier
 
 
 def _begin() -> None:
-    global _verifier  # noqa: PLW0603  one per process
+    global _verifier
     _verifier = Verifier(engine="plain")
 
 

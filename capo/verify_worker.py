@@ -30,9 +30,10 @@ from typing import Any
 # More than one word a kind, so that counts can tell them apart; "right" and "wrong" are the only decisions.
 VERDICTS = ("right", "wrong", "parse", "size", "memory", "timeout", "crash")
 LIFE = 32  # pairs that a worker compares before another takes its place
-SHORT = 0.1  # seconds of a comparison after which its worker has to let others go first
+STUCK = 0.02  # seconds of processor time after which a comparison no longer keeps others from beginning
+SHORT = 0.1  # seconds of processor time after which its worker has to let others go first
 SLOWER = 5  # by how much it is made nicer
-PATIENCE = 0.02  # seconds without a verdict after which more workers are started
+TICK = 0.02  # seconds between two looks at the workers
 GRACE = 0.5  # seconds after which the nursery kills a worker that the kernel should have killed
 
 # Known pairs, for warming up and for the test at the start: known answer, given answer, verdict.
@@ -291,17 +292,28 @@ class Worker:
         os.close(pairs)
         os.close(verdicts)
         self.item: list[Any] | None = None
-        self.since = 0.0
         self.begun: float | None = None
+        self.before = 0.0
         self.done = 0
         self.heard = b""
 
     def take(self, item: list[Any]) -> None:
-        self.item, self.since, self.begun = item, time.monotonic(), None
+        self.item, self.begun, self.before = item, None, self.clock()
         try:
             os.write(self.pairs, json.dumps(item[1:]).encode() + b"\n")
         except BrokenPipeError:
             pass  # it is dead, and the other pipe will say so
+
+    def clock(self) -> float:
+        """Processor time of the process; wall clock where the system does not tell."""
+        try:
+            return time.clock_gettime(~self.pid << 3 | 2)  # Linux: the clock of another process
+        except OSError:
+            return time.monotonic()
+
+    def spent(self) -> float:
+        """Seconds of processor time on the pair at work. Wall clock says nothing on a busy machine."""
+        return self.clock() - self.before if self.item is not None else 0.0
 
     def end(self) -> int:
         """End the process, if it has not ended by itself; returns its wait status."""
@@ -323,8 +335,6 @@ class Nursery:
         self.half = b""  # a line that has not arrived whole
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.busy = 0
-        self.allowed = self.cores  # workers at a time, for now
-        self.moved = time.monotonic()  # when there was a verdict last, or more workers were allowed
         os.set_blocking(source, False)
         os.set_blocking(sink, False)
 
@@ -335,7 +345,7 @@ class Nursery:
                 self._hand_out()
                 # Forking is slow on a busy machine, so what may be needed at once is forked when there is nothing to do.
                 short = not self.busy and len(self.workers) < self.options["workers"]
-                wait = PATIENCE if self.busy else 0.0 if short else None
+                wait = TICK if self.busy else 0.0 if short else None
                 readable, writable, _ = select.select(
                     [self.source, *self.workers], [self.sink] if self.outbox else [], [], wait
                 )
@@ -371,13 +381,11 @@ class Nursery:
                 self._retire(worker)
             elif worker.item is None:
                 idle.append(worker)
-        # As many as there are cores while verdicts come; while none comes, twice as many each time, as those hang.
-        now = time.monotonic()
-        if now - self.moved > PATIENCE:
-            self.allowed, self.moved = 2 * self.allowed, now
-        self.allowed = min(self.allowed, self.options["workers"])
+        # As many as there are cores, beside those that may hang; if all may, twice as many.
+        stuck = sum(worker.spent() > STUCK for worker in self.workers.values())
+        allowed = min(max(self.cores + stuck, 2 * stuck), self.options["workers"])
         self.busy = len(self.workers) - len(idle)
-        while self.inbox and self.busy < self.allowed:
+        while self.inbox and self.busy < allowed:
             (idle.pop() if idle else self._fork()).take(self.inbox.popleft())
             self.busy += 1
 
@@ -398,7 +406,6 @@ class Nursery:
                 self.report([worker.item[0], word if word in VERDICTS else "crash"])
                 worker.item = None
                 worker.done += 1
-                self.allowed, self.moved = max(self.cores, self.allowed - 1), time.monotonic()
         if not data:
             self._bury(worker)
 
@@ -421,7 +428,7 @@ class Nursery:
                 continue
             if now - worker.begun > self.options["timeout"] + GRACE:
                 self._bury(worker, "timeout")
-            elif now - worker.begun > SHORT and worker.done < LIFE:
+            elif worker.done < LIFE and worker.spent() > SHORT:
                 worker.done = LIFE  # its last pair
                 os.setpriority(os.PRIO_PROCESS, worker.pid, os.getpriority(os.PRIO_PROCESS, 0) + SLOWER)
 
