@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import random
+import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -88,8 +89,16 @@ def labels(path: Path, repeats: int) -> bool:
     )
 
 
-def expressions(verifier: Verifier, number: int) -> None:
-    """Pairs per second that Math-Verify compares."""
+def expressions(number: int) -> None:
+    """What a pair costs that Math-Verify compares."""
+    before = children()
+    with Verifier(engine="math-verify") as verifier:
+        began = time.perf_counter()
+        verifier.start()
+        print(f"start of Math-Verify, self-test included: {time.perf_counter() - began:.1f} s")
+    start, before = children() - before, children()
+    verifier = Verifier(engine="math-verify")
+    verifier.start()
     draw = random.Random(0)
     forms = (r"{a}x+{b}", r"\frac{{{a}\pi}}{{{b}}}", r"{a}\sqrt{{{b}}}", r"({a},{b})", r"x^{{{a}}}-{b}y")
     known, given = [], []
@@ -99,7 +108,18 @@ def expressions(verifier: Verifier, number: int) -> None:
         given.append(form.format(a=a, b=b + (i % 2)).replace("+", " + "))
     began = time.perf_counter()
     verifier.verify([rf"\boxed{{{each}}}" for each in given], known)
-    print(f"{number} pairs of expressions: {number / (time.perf_counter() - began):,.0f}/s; {dict(verifier.counts)}")
+    took = time.perf_counter() - began
+    counts = verifier.counts
+    verifier.close()
+    spent = children() - before - start
+    print(f"{number} pairs of expressions: {counts['compared'] / took:,.0f} compared/s of wall time, "
+          f"{spent / counts['compared'] * 1000:.1f} ms of processor time each (start: {start:.1f} s); {dict(counts)}")  # fmt: skip
+
+
+def children() -> float:
+    """Processor time of processes that have ended, in seconds."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def torture(verifier: Verifier, timeout: float) -> bool:
@@ -123,11 +143,9 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=5.0, help="limit of a comparison in seconds (%(default)s)")
     args = parser.parse_args()
     good = labels(args.solutions, args.repeats) if args.solutions else True
+    expressions(500)
     with Verifier(engine="math-verify", timeout=args.timeout) as verifier:
-        began = time.perf_counter()
         verifier.start()
-        print(f"start of Math-Verify, self-test included: {time.perf_counter() - began:.1f} s")
-        expressions(verifier, 500)
         good &= torture(verifier, args.timeout)
     raise SystemExit(0 if good else 1)
 

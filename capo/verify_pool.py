@@ -237,9 +237,10 @@ class Pool:
         if stdout is None:
             return ready, error
         heard = time.monotonic()
+        poll = select.poll()  # not select(), which takes no descriptor above 1023
+        poll.register(stdout, select.POLLIN)
         while True:
-            readable, _, _ = select.select([stdout], [], [], 1.0)
-            if not readable:
+            if not poll.poll(1000):
                 with self._changed:
                     waiting = bool(self._pending)
                 heard = heard if waiting else time.monotonic()

@@ -879,10 +879,15 @@ def test_the_death_of_the_nursery_is_survived(verifier):
     assert verifier._pool.pid != nursery
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        before = verifier.counts
         batch = thread.submit(verifier.verify, [boxed(item) for item in ("1+x", SLOW, "x")], ["x+1"] * 3)
-        assert begun(verifier)
-        os.kill(verifier._pool.pid, signal.SIGKILL)
+        for _ in range(2):  # what was under way is tried once more
+            assert begun(verifier) and not batch.done()
+            nursery = verifier._pool.pid
+            os.kill(nursery, signal.SIGKILL)
+            assert wait_for(lambda gone=nursery: batch.done() or verifier._pool.pid not in (gone, None))
         assert batch.result(60) == [RIGHT, UNDECIDED, WRONG]
+        assert (verifier.counts - before)["undecided/crash"] == 1
 
 
 @needs_math_verify
