@@ -89,6 +89,7 @@ class ScoreSummary:
         bad_rows: refused rows, or responses of rows.
         bad_row_examples: the first of them.
         seconds: wall time.
+        undecided_reasons: undecided responses that were verified, by reason; see `capo.verify.Verifier.counts`.
     """
 
     responses: int
@@ -108,6 +109,7 @@ class ScoreSummary:
     bad_rows: int
     bad_row_examples: tuple[str, ...]
     seconds: float
+    undecided_reasons: dict[str, int] = field(default_factory=dict)
 
 
 class Scored(NamedTuple):
@@ -124,6 +126,7 @@ class _Options:
     rule: CreditRule
     delimiter: str
     num_votes: int | None
+    verifier: Verifier
 
 
 def score(
@@ -147,6 +150,7 @@ def score(
 
     Raises:
         InputError: an argument is at fault. Rows never raise; see ``Scored.rejected``.
+        VerifierError: answers need Math-Verify, which does not start.
     """
     options = _options(tokenizer, rule, delimiter, num_votes, critiques is not None)
     index = CritiqueIndex.of_records(critiques or ())
@@ -154,7 +158,8 @@ def score(
     batches: list[pa.RecordBatch] = []
     rejected: list[Rejected] = []
     run = _Run(options, index, "rollouts", batches.append, rejected.append)
-    run.all_at_once(rows)
+    with options.verifier:
+        run.all_at_once(rows)
     return Scored(pa.Table.from_batches(batches, _schema(options)), run.summary(), rejected)
 
 
@@ -191,6 +196,7 @@ def score_file(
     Raises:
         InputError: an argument is at fault; nothing was written.
         OSError: reading or writing failed; nothing was left behind.
+        VerifierError: answers need Math-Verify, which does not start; nothing was left behind.
     """
     started = time.perf_counter()
     rollouts, out = Path(rollouts), Path(out)
@@ -203,6 +209,7 @@ def score_file(
         _check_parquet(rollouts)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_garbage_collection())
+        stack.enter_context(options.verifier)
         table = stack.enter_context(_draft(out))
         listing = stack.enter_context(_draft(rejects))
         report = None if summary is None else stack.enter_context(_draft(summary))
@@ -273,6 +280,7 @@ class _Run:
     ) -> None:
         self.options = options
         self.tallies = _Tallies()
+        self._verified = options.verifier.counts
         self._critiques = critiques
         self._file = file
         self._write = write
@@ -307,7 +315,9 @@ class _Run:
             self._finish(_chunks(groups.values()), threads)
 
     def summary(self) -> ScoreSummary:
-        return self.tallies.summary()
+        verified = self.options.verifier.counts - self._verified
+        reasons = {name.split("/")[1]: number for name, number in verified.items() if name.startswith("undecided/")}
+        return dataclasses.replace(self.tallies.summary(), undecided_reasons=reasons)
 
     def _finish(self, chunks: Iterable[list[Response]], threads: ThreadPoolExecutor) -> None:
         for chunk in chunks:
@@ -403,7 +413,7 @@ class _Run:
         texts = [
             join(memoryview(response.token_ids or b"").cast("i")).decode("utf-8", "replace") for response in open_ones
         ]
-        verified = Verifier().verify(texts, [response.answer or "" for response in open_ones])
+        verified = self.options.verifier.verify(texts, [response.answer or "" for response in open_ones])
         for response, outcome in zip(open_ones, verified, strict=True):
             response.outcome = outcome.reward
         for response in responses:
@@ -617,7 +627,7 @@ def _options(tokenizer: Any, rule: CreditRule, delimiter: str, num_votes: int | 
             "give critiques or a process weight of 0"
         )
     try:
-        return _Options(load_tokenizer(tokenizer), rule, delimiter, num_votes)
+        return _Options(load_tokenizer(tokenizer), rule, delimiter, num_votes, Verifier())
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"tokenizer: {error}") from error
 
