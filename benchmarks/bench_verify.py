@@ -2,9 +2,9 @@
 
     python benchmarks/bench_verify.py [gsm8k_solutions.jsonl] [--repeats 5] [--timeout 5]
 
-With the solutions: agreement with their labels, and answers per second on one and on two processes. Then: what the start of
-Math-Verify costs, pairs of expressions per second, and 64 hostile answers at once: how long past the limit they take.
-Exits with 1 if one of the bounds in `BOUNDS` is broken.
+With the solutions: agreement with their labels, and answers per second on one and on two processes. Then: what the
+start of Math-Verify costs, pairs of expressions per second, and 64 hostile answers at once: how long past the limit
+they take. Exits with 1 if one of the bounds in `BOUNDS` is broken.
 """
 
 from __future__ import annotations

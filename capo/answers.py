@@ -29,8 +29,8 @@ class Number:
     def equals(self, other: Number) -> bool | None:
         """Whether two numbers are the same; None where their units differ, as units are not converted.
 
-        A percentage equals its hundredth (``50%`` is ``0.5``). As percent is often the unit that is asked for, it equals
-        the bare number too (``50%`` is ``50``), but not below 1 (``0.5%`` is not ``0.5``).
+        A percentage equals its hundredth (``50%`` is ``0.5``). As percent is often the unit that is asked for, it
+        equals the bare number too (``50%`` is ``50``), but not below 1 (``0.5%`` is not ``0.5``).
         """
         if self.unit and other.unit and self.unit != other.unit:
             return None
@@ -58,10 +58,10 @@ def extract(text: str, forms: Sequence[str] = ("boxed", "hashes", "answer")) -> 
         forms: which forms are tried, the first that occurs counts:
 
             * ``boxed``: the last ``\boxed{...}`` or ``\fbox{...}`` whose braces close and that is not empty.
-            * ``hashes``: what follows ``#`` to the end of its line: the last such line that holds a plain number; or, if it
-              is the last line of the text and has ``####``, whatever it holds.
-            * ``answer``: what follows the last ``answer is``, ``answer:``, ``option is``, ``choice:`` ..., or ``A:`` at the
-              beginning of a line, to the end of the sentence or line.
+            * ``hashes``: what follows ``#`` to the end of its line: the last such line that holds a plain number; or,
+              if it is the last line of the text and has ``####``, whatever it holds.
+            * ``answer``: what follows the last ``answer is``, ``answer:``, ``option is``, ``choice:`` ..., or ``A:``
+              at the beginning of a line, to the end of the sentence or line.
             * ``bare``: the whole text.
     """
     for form in forms:
@@ -190,7 +190,8 @@ _NUMBER = re.compile(
         \\frac\ ?(?:\{{\ ?(?P<over>[+-]?\ ?{_DECIMAL})\ ?\}}|(?P<over1>[0-9]))\ ?
         (?:\{{\ ?(?P<under>[+-]?\ ?{_DECIMAL})\ ?\}}|(?P<under1>[0-9]))
     | (?P<mixed>[0-9]+)\ (?P<part>[1-9][0-9]*)\ ?/\ ?(?P<parts>[0-9]+)
-    | (?P<mantissa>{_DECIMAL})(?:\ ?(?:\\times|\\cdot|\*|x)\ ?10\ ?\^\ ?(?:\{{\ ?(?P<power>[+-]?[0-9]+)\ ?\}}|(?P<power1>-?[0-9]+))
+    | (?P<mantissa>{_DECIMAL})(?:\ ?(?:\\times|\\cdot|\*|x)\ ?10\ ?\^\ ?(?:\{{\ ?(?P<power>[+-]?[0-9]+)\ ?\}}|
+                    (?P<power1>-?[0-9]+))
                                |[eE](?P<power2>[+-]?[0-9]+))
     | (?P<top>{_DECIMAL})(?:\ ?/\ ?(?P<bottom>{_DECIMAL}))?
     )
@@ -213,10 +214,10 @@ _SHORT_UNITS = frozenset("mgshlL")
 _NO_UNITS = frozenset(
     re.findall(
         "[a-z]+",
-        """and or to plus minus times over by squared cubed factorial half halves third thirds quarter quarters point negative
-        not mod choose pi sqrt sin cos tan log ln exp if when but is are equals than more less least most about root power
-        divided multiplied theta alpha beta infinity infty i e x y z hundred thousand million billion trillion dozen none
-        either nor maybe remainder""",
+        """and or to plus minus times over by squared cubed factorial half halves third thirds quarter quarters point
+        negative not mod choose pi sqrt sin cos tan log ln exp if when but is are equals than more less least most
+        about root power divided multiplied theta alpha beta infinity infty i e x y z hundred thousand million billion
+        trillion dozen none either nor maybe remainder""",
     )
 )
 
@@ -225,8 +226,8 @@ def read(written: str, max_digits: int = 100) -> Number | Words | None:
     r"""The plain number or the words that an answer is, or None.
 
     Raises:
-        AnswerTooLong: it is longer than 2,000 characters, or a number of more than ``max_digits`` digits, or with a power of
-            ten beyond that.
+        AnswerTooLong: it is longer than 2,000 characters, or a number of more than ``max_digits`` digits, or with a
+            power of ten beyond that.
     """
     if len(written) > MAX_CHARS:
         raise AnswerTooLong(f"an answer of {len(written)} characters, more than {MAX_CHARS}")

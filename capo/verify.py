@@ -83,13 +83,14 @@ class Verifier:
     Plain numbers, letters of a multiple choice and words are read and compared here, exactly, and nothing is evaluated.
     Anything else goes to Math-Verify, in processes with limits that are started when they are first needed; an answer
     that hits a limit is undecided. Any thread may call one verifier, and several at once; in asyncio use
-    ``asyncio.to_thread``. Keep one verifier and ``close`` it, or use it as a context manager: its processes take a second
-    to start. They end with the verifier and with the interpreter. docs/verify.md has the forms, the states and the limits.
+    ``asyncio.to_thread``. Keep one verifier and ``close`` it, or use it as a context manager: its processes take a
+    second to start. They end with the verifier and with the interpreter. docs/verify.md has the forms, the states and
+    the limits.
 
     Args:
         max_digits: a number with more digits is undecided; at most 1000.
-        forms: where an answer is looked for, see `capo.answers.extract`; the first form that occurs counts. Known answers
-            may be bare besides.
+        forms: where an answer is looked for, see `capo.answers.extract`; the first form that occurs counts. Known
+            answers may be bare besides.
         engine: ``math-verify`` for what is not plain; ``plain`` for none: what is not plain is then no answer, and the
             response wrong; ``auto``: Math-Verify if it is installed, else such responses are undecided.
         timeout: seconds of wall clock that one comparison may take, from the moment it begins.
@@ -197,10 +198,11 @@ class Verifier:
 
     @property
     def counts(self) -> Counter[str]:
-        """Outcomes so far: ``right``, ``wrong``, ``undecided/REASON``; ``compared``: how many Math-Verify was asked about.
+        """Outcomes so far: ``right``, ``wrong``, ``undecided/REASON``; ``compared``: how many Math-Verify was asked
+        about.
 
-        The reasons: ``parse`` (the known answer is not understood), ``size``, ``unit``, ``engine`` (there is no Math-Verify),
-        ``timeout``, ``memory``, ``crash``.
+        The reasons: ``parse`` (the known answer is not understood), ``size``, ``unit``, ``engine`` (there is no
+        Math-Verify), ``timeout``, ``memory``, ``crash``.
         """
         with self._lock:
             return self._counts.copy()

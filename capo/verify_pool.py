@@ -1,4 +1,4 @@
-"""The pool of processes behind `capo.verify`: started when it is first needed, restarted when it dies, ended with the parent."""
+"""The pool of processes behind `capo.verify`: started when first needed, restarted when it dies, ended with its user."""
 
 from __future__ import annotations
 
@@ -231,7 +231,8 @@ class Pool:
             self._send(process, message)
 
     def _serve(self, process: subprocess.Popen[bytes]) -> tuple[bool, str]:
-        """Take verdicts until the process ends or falls silent; returns whether it ever was ready, and its complaint."""
+        """Take verdicts until the process ends or falls silent; returns whether it ever was ready, and its
+        complaint."""
         stdout = process.stdout
         ready, error, half = False, "", b""
         if stdout is None:

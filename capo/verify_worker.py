@@ -1,9 +1,10 @@
-"""Compares answers with Math-Verify, in processes that can be killed. Run as a script by `capo.verify_pool`; imports no capo.
+"""Compares answers with Math-Verify, in processes that can be killed. Run as a script by `capo.verify_pool`; imports
+no capo.
 
 The nursery imports Math-Verify once, warms it up with answers of its own, and then only forks and watches: it parses no
 answer and evaluates nothing. Workers are forked from it, single-threaded as it is, compare a few pairs each and end, so
-that nothing a pair leaves behind lives long. The kernel ends a worker that exceeds its wall clock, which starts when the
-worker begins a pair, or its processor time.
+that nothing a pair leaves behind lives long. The kernel ends a worker that exceeds its wall clock, which starts when
+the worker begins a pair, or its processor time.
 
 Both ends speak JSON lines. In: one object of options, then ``[number, known, given]``. Out: ``{"ready": ...}`` or
 ``{"error": ...}``, then ``[number, verdict]``.
@@ -109,8 +110,8 @@ def load() -> Callable[[str, str], str]:
     """Import Math-Verify and make it safe; returns what compares a known with a given answer.
 
     It is never handed a text to search: its search leads to SymPy's `parse_expr`, which calls `eval`. Its LaTeX grammar
-    does not, but builds numbers with `sympy.Number(text)`, which does through `sympify`; so `parse_expr` is replaced by a
-    reader of plain numbers.
+    does not, but builds numbers with `sympy.Number(text)`, which does through `sympify`; so `parse_expr` is replaced
+    by a reader of plain numbers.
     """
     import sympy
     from latex2sympy2_extended import latex2sympy2
@@ -192,7 +193,8 @@ def _all_but(faults: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]
 
 
 def ascii_to_latex(written: str) -> str:
-    """An expression in the notation of programs, ``2*sqrt(x)**10``, as LaTeX; anything with a backslash stays as it is."""
+    """An expression in the notation of programs, ``2*sqrt(x)**10``, as LaTeX; anything with a backslash stays as it
+    is."""
     if "\\" in written:
         return written
     text = written.replace("**", "^")
@@ -343,7 +345,8 @@ class Nursery:
         try:
             while True:
                 self._hand_out()
-                # Forking is slow on a busy machine, so what may be needed at once is forked when there is nothing to do.
+                # Forking is slow on a busy machine, so what may be needed at once is forked when there is nothing to
+                # do.
                 short = not self.busy and len(self.workers) < self.options["workers"]
                 wait = TICK if self.busy else 0.0 if short else None
                 readable, writable, _ = select.select(

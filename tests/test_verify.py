@@ -547,7 +547,7 @@ def test_attacks_run_nothing_here_or_in_a_worker(tmp_path):
     verifier = Verifier(engine="math-verify", timeout=20)
     verifier.start()
     seen = []
-    sys.addaudithook(lambda event, args: event in {{"exec", "compile", "os.system", "subprocess.Popen", "pickle.find_class"}}
+    sys.addaudithook(lambda event, args: event in {{"exec", "compile", "os.system", "subprocess.Popen"}}
                      and seen.append(event) or event.startswith("socket.") and seen.append(event))
     handlers = [signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGCHLD)]
     boxed = [r"\\boxed{{%s}}" % attack.replace("CANARY", {str(tmp_path / "canary")!r}) for attack in attacks]
@@ -792,7 +792,8 @@ def test_the_torture_set_64_at_a_time(strict):
     took = time.monotonic() - began
     stop.set()
     watching.join()
-    # A second more than the limit of 3 on an idle machine, see benchmarks/bench_verify.py; one by one it is two minutes.
+    # A second more than the limit of 3 on an idle machine, see benchmarks/bench_verify.py; one by one it is two
+    # minutes.
     assert took < 20
     assert outcomes[:58] == [UNDECIDED] * 58
     truth = [RIGHT, WRONG, RIGHT, RIGHT, WRONG, WRONG]
