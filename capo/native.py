@@ -120,3 +120,6 @@ def logprobs(logits, labels, temperature, mask):
     if not fits:
         reference.check_rows("logprobs", logits, labels, mask)
     return values, entropy
+
+
+linear_policy_loss, linear_logprobs = reference.linear_policy_loss, reference.linear_logprobs

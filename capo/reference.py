@@ -198,7 +198,7 @@ class _Live:
         self, logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
     ):
         lengths = cu_seqlens.diff()
-        response = torch.repeat_interleave(torch.arange(len(lengths), device=logits.device), lengths)
+        response = torch.repeat_interleave(torch.arange(len(lengths), device=labels.device), lengths)
         active = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
         counts = torch.zeros_like(lengths).index_add(0, response[active], torch.ones_like(response[active]))
         self.rows = active & live_tokens(advantages, active, response, len(lengths), rule)
@@ -216,7 +216,7 @@ class _Live:
         elif rule.reduce == "token_mean":
             self.weights = 1 / self.num_active.to(dtype)
         else:
-            self.weights = torch.tensor(1 / rule.constant, dtype=dtype, device=logits.device)
+            self.weights = torch.tensor(1 / rule.constant, dtype=dtype, device=labels.device)
 
     def response_mean(self, values: Tensor) -> Tensor:
         """Mean of token values over each token's response."""
@@ -335,6 +335,14 @@ def policy_loss_gradient(
         d loss / d logits = (g * (onehot - p) - h * p * (z - sum(p * z))) / temperature
     """
     live = _Live(logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs)
+    dz = _live_gradient(live, rule)
+    gradient = torch.zeros(logits.shape, dtype=dz.dtype, device=logits.device)
+    gradient[live.rows] = dz
+    return gradient
+
+
+def _live_gradient(live: _Live, rule: LossRule) -> Tensor:
+    """Gradient of the logits of the live rows. [L, V]"""
     g, h = live.slopes(rule)
     z = live.logits.to(g.dtype) / rule.temperature
     p = z.softmax(-1)
@@ -342,9 +350,31 @@ def policy_loss_gradient(
     if rule.entropy_coef != 0:
         finite = z.clamp(min=torch.finfo(z.dtype).min)
         dz = dz - h[:, None] * p * (finite - (p * finite).sum(-1, keepdim=True))
-    gradient = torch.zeros(logits.shape, dtype=g.dtype, device=logits.device)
-    gradient[live.rows] = dz / rule.temperature
-    return gradient
+    return dz / rule.temperature
+
+
+class LinearLogits:
+    """Logits ``hidden @ weight.T + bias`` of which only the rows that are asked for are made; for ``policy_loss_terms``.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        bias: [V], or None.
+        temperature: [N], by which each row is divided besides ``rule.temperature``; None: 1.
+        softcap: logits z become ``softcap * tanh(z / softcap)``, before the temperature; None: off.
+        vocab_size: rows of ``weight`` from here on are left out; None: none are.
+    """
+
+    def __init__(self, hidden, weight, bias=None, temperature=None, softcap=None, vocab_size=None):
+        self.hidden, self.weight, self.bias = hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        self.temperature, self.softcap = temperature, softcap
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        z = torch.nn.functional.linear(self.hidden[rows], self.weight, self.bias)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        if self.softcap is not None:
+            z = (self.softcap * torch.tanh(z.to(wide) / self.softcap)).to(z.dtype)
+        return z if self.temperature is None else z.to(wide) / self.temperature[rows, None].to(wide)
 
 
 def live_tokens(advantages: Tensor, active: Tensor, response: Tensor, num_responses: int, rule: LossRule) -> Tensor:
@@ -393,6 +423,39 @@ def logprobs(logits, labels, temperature, mask):
     return tuple(torch.zeros(len(labels), device=logits.device).masked_scatter(active, v.float()) for v in values)
 
 
+def linear_policy_loss(
+    hidden, weight, bias, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs,
+    row_temperature, need_grad, softcap, vocab_size, *rule,
+):  # fmt: skip
+    """Loss and metrics as of ``policy_loss``, then the gradients of hidden, weight and bias: None if not needed."""
+    check_labels("linear_policy_loss", labels, weight.shape[0] if vocab_size is None else vocab_size, mask)
+    check_cumulative("linear_policy_loss", "cu_seqlens", cu_seqlens, len(labels))
+    logits = LinearLogits(hidden, weight, bias, row_temperature, softcap, vocab_size)
+    rest = labels, advantages, old_logprobs, cu_seqlens, LossRule(*rule), ref_logprobs, mask, rollout_logprobs
+    values = [x.float() for x in policy_loss_terms(logits, *rest)]
+    leaves = [None if x is None else torch.zeros_like(x) for x in (hidden, weight, bias)]
+    live = _Live(logits, *rest)
+    dz = _live_gradient(live, LossRule(*rule))
+    if row_temperature is not None:
+        dz = dz / row_temperature[live.rows, None]
+    if softcap is not None:
+        capped = LinearLogits(hidden, weight, bias, None, softcap, vocab_size)[live.rows]
+        dz = dz * (1 - (capped / softcap) ** 2)
+    leaves[0][live.rows] = (dz @ logits.weight.to(dz.dtype)).to(hidden.dtype)
+    leaves[1][:vocab_size] = (dz.t() @ hidden[live.rows].to(dz.dtype)).to(hidden.dtype)
+    if bias is not None:
+        leaves[2][:vocab_size] = dz.sum(0).to(hidden.dtype)
+    return *values, *(x if needed else None for x, needed in zip(leaves, need_grad, strict=True))
+
+
+def linear_logprobs(hidden, weight, bias, labels, mask, row_temperature, temperature, softcap, vocab_size):
+    check_labels("linear_logprobs", labels, weight.shape[0] if vocab_size is None else vocab_size, mask)
+    active = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+    logits = LinearLogits(hidden, weight, bias, row_temperature, softcap, vocab_size)[active]
+    values = label_logprobs(logits, labels[active], temperature)
+    return tuple(torch.zeros(len(labels), device=labels.device).masked_scatter(active, v.float()) for v in values)
+
+
 def check_credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, num_tokens):
     """Raise ValueError for the first thing that contradicts the layout of a ``Credit``."""
     if outcomes.isinf().any():
@@ -426,14 +489,19 @@ def check_cumulative(op, name, values, total):
 
 def check_rows(op, logits, labels, mask, cu_seqlens=None):
     """Raise ValueError for a label outside the vocabulary in an unmasked row, or cu_seqlens that do not fit."""
-    bad = (labels < 0) | (labels >= logits.shape[1])
+    check_labels(op, labels, logits.shape[1], mask)
+    if cu_seqlens is not None:
+        check_cumulative(op, "cu_seqlens", cu_seqlens, logits.shape[0])
+
+
+def check_labels(op, labels, vocab, mask=None):
+    """Raise ValueError for a label outside the vocabulary in an unmasked row."""
+    bad = (labels < 0) | (labels >= vocab)
     if mask is not None:
         bad &= mask
     if bad.any():
         row = _first(bad)
-        raise ValueError(f"{op}: label {int(labels[row])} in row {row} is outside the vocabulary of {logits.shape[1]}")
-    if cu_seqlens is not None:
-        check_cumulative(op, "cu_seqlens", cu_seqlens, logits.shape[0])
+        raise ValueError(f"{op}: label {int(labels[row])} in row {row} is outside the vocabulary of {vocab}")
 
 
 def _first(flags: Tensor) -> int:
