@@ -137,7 +137,7 @@ def test_nothing(device):
 
 RANK = """
 import sys
-import torch, torch.distributed as dist
+import torch, torch.distributed as dist, torch.distributed.tensor
 import capo, capo.linear
 
 def results(group, weight, bias, rule, chunk, vocab, **options):
@@ -195,6 +195,14 @@ for dtype in (torch.float32, torch.bfloat16):
             same = [torch.empty_like(split[0]) for _ in range(2)]
             dist.all_gather(same, split[0])
             assert torch.equal(*same)
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+sharded = dist.tensor.distribute_tensor(weight, mesh, [dist.tensor.Shard(0)])
+try:
+    capo.linear_logprobs(hidden, sharded, labels)
+except ValueError as error:
+    assert "weight must be a plain tensor, got DTensor" in str(error)
+else:
+    raise SystemExit("a DTensor was taken")
 hidden = torch.randn(n, size)
 broken = weight[mine].float() * (torch.nan if rank == 1 else 1.0)
 logp, _ = capo.linear_logprobs(hidden, broken, labels, group=group)
