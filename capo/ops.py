@@ -245,7 +245,7 @@ def _linear_policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 28
     pairs = zip(ctx.saved_tensors, ctx.need_grad, strict=True)
-    return *(grad * grad_loss.to(grad.dtype) if needed else None for grad, needed in pairs), *(None,) * 25
+    return *(grad * grad_loss if needed else None for grad, needed in pairs), *(None,) * 25
 
 
 torch.library.register_autograd(

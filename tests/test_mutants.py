@@ -372,7 +372,7 @@ OPS = [
     Mutant(
         "upstream gradient of the head dropped by compile",
         HEAD + "test_compile",
-        "*(grad * grad_loss.to(grad.dtype) if",
+        "*(grad * grad_loss if",
         "*(grad if",
     ),
     Mutant("autocast ignored", HEAD + "test_autocast", "else x.to(wanted)", "else x"),
