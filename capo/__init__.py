@@ -17,6 +17,8 @@ _EXPORTS = {
     "PolicyLoss": "capo.losses",
     "Steps": "capo.steps",
     "TokenBytes": "capo.steps",
+    "linear_logprobs": "capo.losses",
+    "linear_policy_loss": "capo.losses",
     "logprobs": "capo.losses",
     "policy_loss": "capo.losses",
     "segment": "capo.steps",
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from capo.credit import CreditRule as CreditRule
     from capo.losses import LossRule as LossRule
     from capo.losses import PolicyLoss as PolicyLoss
+    from capo.losses import linear_logprobs as linear_logprobs
+    from capo.losses import linear_policy_loss as linear_policy_loss
     from capo.losses import logprobs as logprobs
     from capo.losses import policy_loss as policy_loss
     from capo.steps import Steps as Steps
