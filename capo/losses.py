@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capo import ops
 from capo.credit import Credit, _one_of
-from capo.linear import CHUNK_BYTES
+from capo.ops import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from capo import linear
 from capo.backends import kernel
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 _lib = torch.library.Library("capo", "FRAGMENT")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK_BYTES = 1 << 30
 
 
 def _fields(rule: CreditRule | LossRule) -> list:
@@ -221,6 +221,8 @@ _lib.define(
 
 @torch.library.impl(_lib, "linear_policy_loss", "CompositeExplicitAutograd")
 def _linear_policy_loss(hidden, weight, bias, *args):
+    from capo import linear
+
     *metrics, grad_hidden, grad_weight, grad_bias = linear.policy_loss(hidden, weight, bias, *args)
     return *metrics, *(hidden.new_empty(0) if x is None else x for x in (grad_hidden, grad_weight, grad_bias))
 
@@ -309,6 +311,8 @@ _lib.define(
 
 @torch.library.impl(_lib, "linear_logprobs", "CompositeExplicitAutograd")
 def _linear_logprobs(hidden, *args):
+    from capo import linear
+
     return linear.logprobs(hidden, *args)
 
 

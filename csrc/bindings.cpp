@@ -19,6 +19,78 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+TokenValues token_values(Address advantages, Address old_logprobs, Address ref_logprobs, Address rollout_logprobs) {
+  return {pointer<const float>(advantages), pointer<const float>(old_logprobs), pointer<const float>(ref_logprobs),
+          pointer<const float>(rollout_logprobs)};
+}
+
+LossRule loss_rule(float ratio_low, float ratio_high, float clip_dual, int ratio, int reduce, float constant,
+                   float kl_coef, int kl, float entropy_coef, float temperature, int objective, float importance_cap) {
+  return {ratio_low,
+          ratio_high,
+          clip_dual,
+          static_cast<Ratio>(ratio),
+          static_cast<Reduce>(reduce),
+          constant,
+          kl_coef,
+          kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone,
+          entropy_coef,
+          temperature,
+          static_cast<Objective>(objective),
+          importance_cap};
+}
+
+HeadRows head_rows(Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+                   Address temperatures, int num_threads) {
+  return {pointer<const void>(logits),    stride,      static_cast<Dtype>(dtype),          vocab,
+          pointer<const int64_t>(labels), temperature, pointer<const float>(temperatures), num_threads};
+}
+
+void bind_head(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "row_stats",
+      [](Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+         Address temperatures, int num_threads, int64_t rows, Address stats) {
+        row_stats(head_rows(logits, stride, dtype, vocab, labels, temperature, temperatures, num_threads), rows,
+                  pointer<double>(stats));
+      },
+      release(), "Logits, labels -> sums over each row.");
+  m.def(
+      "row_logprobs",
+      [](Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+         Address temperatures, int num_threads, int64_t rows, Address stats, Address logprobs, Address entropy) {
+        row_logprobs(head_rows(logits, stride, dtype, vocab, labels, temperature, temperatures, num_threads), rows,
+                     pointer<const double>(stats), pointer<float>(logprobs), pointer<float>(entropy));
+      },
+      release(), "Sums over each row -> log-probabilities and entropies.");
+  m.def(
+      "row_grads",
+      [](Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+         Address temperatures, int num_threads, int64_t count, Address rows, Address stats, Address slopes,
+         Address entropy_slopes, Address grad) {
+        row_grads(head_rows(logits, stride, dtype, vocab, labels, temperature, temperatures, num_threads), count,
+                  pointer<const int64_t>(rows), pointer<const double>(stats), pointer<const double>(slopes),
+                  pointer<const double>(entropy_slopes), pointer<void>(grad));
+      },
+      release(), "Gradients of some rows of logits, one after the other.");
+  m.def(
+      "loss_terms",
+      [](Address advantages, Address old_logprobs, Address ref_logprobs, Address rollout_logprobs, Address logprobs_in,
+         Address entropy, Address weights, Address cu_seqlens, int64_t responses, float ratio_low, float ratio_high,
+         float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl, float entropy_coef,
+         float temperature, int objective, float importance_cap, Address loss, Address kl_out, Address clipped,
+         Address slopes) {
+        loss_terms({token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs),
+                    pointer<const float>(logprobs_in), pointer<const float>(entropy), pointer<const double>(weights),
+                    pointer<const int64_t>(cu_seqlens), responses,
+                    loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl, entropy_coef,
+                              temperature, objective, importance_cap),
+                    pointer<float>(loss), pointer<float>(kl_out), pointer<bool>(clipped), pointer<double>(slopes)});
+      },
+      release(), "Log-probabilities and weights of live tokens -> their losses and slopes.");
+}
+
 void bind_text(py::module_& m) {
   m.def(
       "token_flags",
@@ -103,24 +175,11 @@ PYBIND11_MODULE(_native, m) {
         args.vocab = vocab;
         args.responses = responses;
         args.labels = pointer<const int64_t>(labels);
-        args.advantages = pointer<const float>(advantages);
-        args.old_logprobs = pointer<const float>(old_logprobs);
-        args.ref_logprobs = pointer<const float>(ref_logprobs);
-        args.rollout_logprobs = pointer<const float>(rollout_logprobs);
+        args.values = token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs);
         args.mask = pointer<const bool>(mask);
         args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
-        args.rule = {ratio_low,
-                     ratio_high,
-                     clip_dual,
-                     static_cast<Ratio>(ratio),
-                     static_cast<Reduce>(reduce),
-                     constant,
-                     kl_coef,
-                     kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone,
-                     entropy_coef,
-                     temperature,
-                     static_cast<Objective>(objective),
-                     importance_cap};
+        args.rule = loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl, entropy_coef,
+                              temperature, objective, importance_cap);
         args.loss = pointer<float>(loss);
         args.logprobs = pointer<float>(logprobs_out);
         args.entropy = pointer<float>(entropy);
@@ -141,5 +200,6 @@ PYBIND11_MODULE(_native, m) {
       },
       release(), "Logits, labels -> log-probabilities and entropies; false if a label does not fit.");
 
+  bind_head(m);
   bind_text(m);
 }
