@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from capo.credit import Credit
-from capo.linear import CHUNK_BYTES
-from capo.losses import LossRule, PolicyLoss, linear_policy_loss
+from capo.losses import CHUNK_BYTES, LossRule, PolicyLoss, linear_policy_loss
 
 # Classes whose forward is: base model, lm_head, and what `_logits_options` knows of.
 _ARCHITECTURES = (

@@ -189,9 +189,9 @@ def test_padded_vocabulary():
 
 
 class Largest(TorchDispatchMode):
-    """The largest number of elements of any tensor that is made, inside of capo's op, too."""
+    """Bytes of the largest tensor that is made, inside of capo's op, too."""
 
-    elements = 0
+    size = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.capo.linear_policy_loss.default:
@@ -200,22 +200,22 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else (result,):
             if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
+                self.size = max(self.size, x.nbytes)
         return result
 
 
 def test_no_tensor_of_the_size_of_the_logits():
-    """600 response tokens and 5,000 words: the logits have 3 M elements; a chunk of 256 rows has 1.3 M."""
+    """600 response tokens and 5,000 words: the logits have 12 MB; a chunk of 256 rows, the least there is, has 5.1 MB."""
     model = build(vocab_size=5_000)
     case = Case(prompts=(20,) * 20, responses=(30,) * 20, vocab=5_000)
     values = case.values(model)
     inputs = PolicyInputs(case.response_mask, rule=RULE, **values)
     with capo.patch_causal_lm(model, chunk_bytes=1), Largest() as seen:
         model(case.input_ids, **case.model_inputs(), capo=inputs).loss.backward()
-    assert seen.elements < 600 * 5_000 / 2
+    assert seen.size < 600 * 5_000 * 4 / 2
     with Largest() as seen:
         by_logits(model, case)
-    assert seen.elements >= 600 * 5_000
+    assert seen.size >= 600 * 5_000 * 4
 
 
 # ---- taking it on and off
