@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -113,29 +114,25 @@ def patch_causal_lm(model: Any, *, vocab_size: int | None = None, chunk_bytes: i
             f"patch_causal_lm: the head must be a torch.nn.Linear with a floating-point weight, got {type(head).__name__}; "
             "call capo.linear_policy_loss with the hidden states and a full weight instead"
         )
-    forward, head_forward = model.forward, head.forward
-    if any(isinstance(getattr(f, "__self__", None), _Bound) for f in (forward, head_forward)):
+    patched = isinstance(head.forward, _HeadForward)
+    if patched:
         raise ValueError("patch_causal_lm: the model is patched already; remove that patch first")
     options = {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
-    bound = _Bound(model, head, forward, head_forward, options)
-    return Patch({model: bound.forward, head: bound.head_forward})
+    return Patch({model: _ModelForward(model, head), head: _HeadForward(model, head, options)})
 
 
-class _Bound:
-    """The two forwards of a patched model.
+class _ModelForward:
+    """The forward of a patched model; an object and not a closure, so that a deep copy of the model is a model of its own."""
 
-    The loss runs inside the call of the head, so that hooks which gather its weight (FSDP) have done so.
-    """
+    def __init__(self, model: Any, head: Any):
+        functools.update_wrapper(self, model.forward)  # transformers looks at the signature
+        self.model, self.head, self.plain = model, head, model.forward
 
-    def __init__(self, model, head, forward, head_forward, options):
-        self._model, self._head, self._options = model, head, options
-        self._forward, self._head_forward = forward, head_forward
-
-    def forward(
+    def __call__(
         self, input_ids: Tensor | None = None, *args: Any, capo: PolicyInputs | None = None, **kwargs: Any
     ) -> Any:
         if capo is None:
-            return self._forward(input_ids, *args, **kwargs)
+            return self.plain(input_ids, *args, **kwargs)
         if args:
             raise TypeError("a patched model takes all arguments but input_ids by name when capo= is given")
         if not isinstance(capo, PolicyInputs):
@@ -143,20 +140,33 @@ class _Bound:
         for name in ("labels", "logits_to_keep"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} has no meaning together with capo=; leave it out")
-        layout = _Layout(input_ids, kwargs.get("position_ids"), capo)
-        hidden = self._model.base_model(input_ids=input_ids, **{**kwargs, "use_cache": False})[0]
-        return self._head(hidden.flatten(0, 1)[layout.rows], loss=layout)
+        layout = _Layout(input_ids, kwargs.get("position_ids"), kwargs.get("attention_mask"), capo)
+        hidden = self.model.base_model(input_ids=input_ids, **{**kwargs, "use_cache": False})[0]
+        # The loss runs inside the call of the head, so that hooks which gather its weight (FSDP) have done so.
+        return self.head(hidden.flatten(0, 1)[layout.rows], loss=layout)
 
-    def head_forward(self, hidden: Tensor, loss: _Layout | None = None) -> Tensor | PolicyLoss:
-        if loss is None:
-            return self._head_forward(hidden)
-        return loss(hidden, self._head, self._model.config, self._options)
+
+class _HeadForward:
+    """The forward of the head of a patched model."""
+
+    def __init__(self, model: Any, head: Any, options: dict[str, Any]):
+        functools.update_wrapper(self, head.forward)
+        self.config, self.head, self.plain, self.options = model.config, head, head.forward, options
+
+    def __call__(self, hidden: Tensor, loss: _Layout | None = None) -> Tensor | PolicyLoss:
+        return self.plain(hidden) if loss is None else loss(hidden, self.head, self.config, self.options)
 
 
 class _Layout:
     """The response tokens of a batch, packed, and the rows of the flattened hidden states that predict them."""
 
-    def __init__(self, input_ids: Tensor | None, position_ids: Tensor | None, inputs: PolicyInputs):
+    def __init__(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs: PolicyInputs,
+    ):
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             raise ValueError("capo= needs input_ids [B, T]: the labels are taken from them")
         self.inputs = inputs
@@ -169,13 +179,11 @@ class _Layout:
             )
         self.mask = inputs.response_mask.to(input_ids.device) != 0
         response = nn.functional.pad(self.mask, (width - self.shape[1], 0))
-        starts = response[:, 0] if position_ids is None else response & (position_ids.expand_as(response) == 0)
-        if position_ids is not None:
-            starts = torch.cat([starts, response[:, :1]], 1)
-        if bool(starts.any()):
+        unpredicted = response & _starts(response, position_ids, attention_mask)
+        if bool(unpredicted.any()):
+            row, column = unpredicted.nonzero()[0].tolist()
             raise ValueError(
-                f"response_mask: row {int(starts.nonzero()[0, 0])} has a response token at the start of a sequence, "
-                "where nothing predicts it"
+                f"response_mask: the token in row {row}, column {column} is the first of its sequence: nothing predicts it"
             )
         tokens = response.flatten().nonzero()[:, 0]
         self.rows = tokens - 1
@@ -209,6 +217,17 @@ class _Layout:
                 f"{name} must be [{len(self.labels)}] or {list(self.shape)} as response_mask, got {list(values.shape)}"
             )
         return values[self.mask]
+
+
+def _starts(response: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Where a sequence starts, as far as can be seen: column 0, position 0, or behind padding. bool [B, T]"""
+    starts = torch.zeros_like(response)
+    starts[:, :1] = True
+    if position_ids is not None:
+        starts |= position_ids == 0
+    if attention_mask is not None and attention_mask.shape == response.shape:
+        starts[:, 1:] |= attention_mask[:, :-1] == 0
+    return starts
 
 
 def _check_architecture(model: Any) -> None:

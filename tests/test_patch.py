@@ -1,6 +1,7 @@
 """patch_causal_lm: the same loss and gradients as from the model's logits, and no tensor of their size."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -238,6 +239,20 @@ def test_removal_restores_the_model_exactly(own):
     assert model(case.input_ids, capo=PolicyInputs(case.response_mask, case.advantages)).loss is None
 
 
+def test_a_copy_of_a_patched_model_stands_alone():
+    model, case = build(), Case()
+    inputs = PolicyInputs(case.response_mask, case.advantages)
+    with capo.patch_causal_lm(model):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.lm_head.weight.zero_()
+        assert torch.equal(other(case.input_ids, capo=inputs).entropy, torch.full((12,), VOCAB).log())
+        assert not other(case.input_ids).logits.any()
+        other(case.input_ids, capo=inputs).loss.backward()
+        assert all(p.grad is None for p in model.parameters())
+        assert model(case.input_ids).logits.any()
+
+
 def test_removed_after_an_error():
     model = build()
     with pytest.raises(RuntimeError, match="on purpose"), capo.patch_causal_lm(model):
@@ -246,10 +261,13 @@ def test_removed_after_an_error():
 
 
 def test_generation_of_a_patched_model():
-    model, case = build(), Case()
+    model, case = build(), Case(responses=(3, 3, 3))
+    inputs = {"attention_mask": case.attention_mask, "max_new_tokens": 3, "do_sample": False}
     with capo.patch_causal_lm(model):
-        tokens = model.generate(case.input_ids, max_new_tokens=3, do_sample=False)
-    assert torch.equal(tokens, model.generate(case.input_ids, max_new_tokens=3, do_sample=False))
+        tokens = model.generate(case.input_ids, **inputs)
+        names = inspect.signature(model.forward).parameters
+    assert torch.equal(tokens, model.generate(case.input_ids, **inputs))
+    assert names == inspect.signature(model.forward).parameters
 
 
 # ---- refusals
@@ -286,7 +304,7 @@ def test_other_models_are_refused(model):
     ("error", "message", "change"),
     [
         (ValueError, r"response_mask must be \[3, 11\].*got \[3, 12\]", {"response_mask": torch.ones(3, 12)}),
-        (ValueError, "row 0 has a response token at the start", {"response_mask": torch.ones(3, 11)}),
+        (ValueError, "the token in row 0, column 0 is the first of its sequence", {"response_mask": torch.ones(3, 11)}),
         (
             ValueError,
             r"credit must be \[12\] or \[3, 11\] as response_mask, got \[3, 10\]",
@@ -318,10 +336,20 @@ def test_arguments_that_do_not_fit(error, message, arguments):
         model(**{"input_ids": case.input_ids, "capo": inputs, **arguments})
 
 
+def test_a_response_without_a_prompt_behind_padding():
+    model, case = build(), Case()
+    case.attention_mask[2, 4] = 0  # the only token of the third prompt
+    with pytest.raises(ValueError, match="row 2, column 5 is the first of its sequence: nothing predicts it"):
+        by_patch(model, case)
+
+
 def test_a_response_token_at_the_start_of_a_packed_sequence():
     model = build()
     mask = torch.tensor([[False, True, True, True]])
-    with capo.patch_causal_lm(model), pytest.raises(ValueError, match="row 0 has a response token at the start"):
+    with (
+        capo.patch_causal_lm(model),
+        pytest.raises(ValueError, match="row 0, column 2 is the first of its sequence: nothing predicts it"),
+    ):
         model(
             torch.tensor([[1, 2, 3, 4]]),
             position_ids=torch.tensor([[0, 1, 0, 1]]),
