@@ -34,18 +34,22 @@ def loss_shares(
 
     Args:
         rule: only ``rule.reduce`` matters.
-        micro_batches: ``cu_seqlens`` and ``mask`` of each on this process, as ``policy_loss`` takes them; may be empty.
+        micro_batches: ``cu_seqlens`` and ``mask`` of each on this process, as ``policy_loss`` takes them; at least one, as
+            each process takes part in the backward.
         group: the data-parallel processes, all of which must call; None: this process alone.
 
     Returns:
-        float32 [number of micro-batches], on the device of the first ``cu_seqlens``; the total crosses processes once.
+        float32 [number of micro-batches], on the device of ``cu_seqlens``; one number is summed over the processes.
+
+    Raises:
+        ValueError: no micro-batch.
     """
-    device = micro_batches[0][0].device if micro_batches else None
+    if not micro_batches:
+        raise ValueError("loss_shares: no micro-batch; a process without tokens needs one with a mask of False")
     processes = 1 if group is None else group.size()
     if rule.reduce == "constant":
-        return torch.full((len(micro_batches),), float(processes), device=device)
-    items = [_items(rule, *micro_batch) for micro_batch in micro_batches]
-    counts = torch.stack(items) if items else torch.zeros(0, dtype=torch.int64)
+        return torch.full((len(micro_batches),), float(processes), device=micro_batches[0][0].device)
+    counts = torch.stack([_items(rule, *micro_batch) for micro_batch in micro_batches])
     total = counts.sum()
     if group is not None:
         torch.distributed.all_reduce(total, group=group)

@@ -101,5 +101,6 @@ def test_shares():
     shares = capo.loss_shares(capo.LossRule(), [(torch.tensor([0, 3]), mask), (torch.tensor([0, 2, 2, 6]), None)])
     assert shares.tolist() == [0.25, 0.75]
     assert capo.loss_shares(capo.LossRule(reduce="constant", constant=2.0), [(torch.tensor([0, 3]), None)]) == 1
-    assert capo.loss_shares(rule, []).tolist() == []
+    with pytest.raises(ValueError, match="no micro-batch"):
+        capo.loss_shares(rule, [])
     assert capo.loss_shares(rule, [(torch.tensor([0, 3]), ~mask & mask)]).tolist() == [0.0]
