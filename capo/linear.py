@@ -22,8 +22,10 @@ MIN_CHUNK_ROWS = 256
 # Matrix products take a multiple of so many rows. With fewer, libraries change over to kernels that sum in another order,
 # and the result of a row would depend on how many there are.
 ROW_MULTIPLE = 32
-# Rows of the gradient of the weight that are made at a time, so that they are added up while they are in the cache.
-WEIGHT_ROWS = 4096
+# What is made of the gradient of the weight at a time, so that it is added up while it is in the cache.
+WEIGHT_BYTES = 8 << 20
+# Columns of the logits that are summed for the bias at a time: PyTorch makes a float32 copy of them.
+COLUMNS = 4096
 
 
 def policy_loss(
@@ -66,7 +68,7 @@ def policy_loss(
         if len(pieces) == 1:
             gradients.add(rows, pieces[0], _moves(kept), inputs, logits)
         else:  # a response longer than a chunk: its logits are gone
-            for piece in (first + kept.nonzero()[:, 0]).split(head.chunk_rows):
+            for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0])):
                 gradients.add(rows, piece, torch.arange(len(piece), device=index.device), *rows.logits(piece))
 
     empty = [hidden.new_zeros(0, dtype=torch.float32)] * 4 + [live[:0]]
@@ -114,7 +116,8 @@ class _Head:
         self.weight = weight[: self.width]
         self.bias = None if bias is None else bias[: self.width]
         widest = self.width if self.shards is None else self.shards.widest  # all ranks take chunks of the same rows
-        rows = max(chunk_bytes // (widest * hidden.element_size()), MIN_CHUNK_ROWS)
+        row_bytes = widest * hidden.element_size() * (1 if softcap is None else 2)
+        rows = max(chunk_bytes // row_bytes, MIN_CHUNK_ROWS)
         self.chunk_rows = rows // ROW_MULTIPLE * ROW_MULTIPLE
         self.zeros = kernel("zeros", hidden.device)
 
@@ -123,20 +126,22 @@ class _Head:
         size = _rounded(rows)
         self.inputs = self.zeros((size, self.hidden.shape[1]), self.hidden.dtype, self.hidden.device)
         self.buffer = self.zeros((size, self.width), self.hidden.dtype, self.hidden.device)
+        # The derivative of the softcap needs the logits as they were before.
+        self.uncapped = self.buffer if self.softcap is None else torch.empty_like(self.buffer)
 
     def logits(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of some rows and their logits, in memory that the next call uses again."""
         size = _rounded(len(index))
-        inputs, logits = self.inputs[:size], self.buffer[:size]
+        inputs, logits = self.inputs[:size], self.uncapped[:size]
         torch.index_select(self.hidden, 0, index, out=inputs[: len(index)])
         if self.bias is None:
             torch.mm(inputs, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, inputs, self.weight.t(), out=logits)
         if self.softcap is not None:
-            for block in logits[: len(index)].split(ROW_MULTIPLE):
-                block.copy_(torch.tanh(block.float() / self.softcap) * self.softcap)
-        return inputs[: len(index)], logits[: len(index)]
+            for uncapped, block in zip(logits.split(ROW_MULTIPLE), self.buffer.split(ROW_MULTIPLE), strict=False):
+                block.copy_(torch.tanh(uncapped.float() / self.softcap) * self.softcap)
+        return inputs[: len(index)], self.buffer[: len(index)]
 
     def own_labels(self, labels: Tensor) -> Tensor:
         """Columns of the labels, -1 where another rank has it."""
@@ -179,16 +184,14 @@ class _Rows:
 
     def gradient(self, rows: Tensor, moves: Tensor, logits: Tensor) -> Tensor:
         """The gradient of the logits of ``rows[moves]``, in their memory."""
-        softcap = self.head.softcap
         values = self.labels[rows], self.stats[rows], self.slopes[rows], self.entropy_slopes[rows]
-        for first in range(0, len(moves), ROW_MULTIPLE if softcap is not None else len(moves)):
-            taken = moves[first : first + ROW_MULTIPLE] if softcap is not None else moves
-            out = logits[first : first + len(taken)]
-            capped = logits[taken].float() if softcap is not None else None
-            self.row_grads(logits, out, taken, *values, self.temperature_of(rows))
-            if capped is not None:
-                out.copy_(out.float() * (1 - (capped / softcap) ** 2))
-        return logits[: len(moves)]
+        grad = logits[: len(moves)]
+        self.row_grads(logits, grad, moves, *values, self.temperature_of(rows))
+        softcap = self.head.softcap
+        if softcap is not None:
+            for block, taken in zip(grad.split(ROW_MULTIPLE), moves.split(ROW_MULTIPLE), strict=True):
+                block.copy_(block.float() / torch.cosh(self.head.uncapped[taken].float() / softcap) ** 2)
+        return grad
 
 
 class _Gradients:
@@ -218,17 +221,19 @@ class _Gradients:
         if self.weight is not None:
             self.add_to_weight(self.weight, grad, inputs if count == len(piece) else inputs[moves])
         if self.bias is not None:
-            for part, columns in zip(self.bias.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, 1), strict=False):
-                part[: columns.shape[1]] += columns.sum(0, dtype=torch.float32)
+            total = self.bias[: self.head.width]
+            for part, columns in zip(total.split(COLUMNS), grad.split(COLUMNS, 1), strict=True):
+                part += columns.sum(0, dtype=torch.float32)
 
     def add_to_weight(self, total: Tensor, grad: Tensor, inputs: Tensor) -> None:
         total = total[: self.head.width]
         if total.dtype == grad.dtype == torch.float32:
-            total.addmm_(grad.t(), inputs)
+            torch.addmm(total, grad.t(), inputs, out=total)
         elif total.dtype == grad.dtype:  # there is but this chunk
             torch.mm(grad.t(), inputs, out=total)
         else:
-            for part, columns in zip(total.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, 1), strict=True):
+            size = max(WEIGHT_BYTES // (inputs[0].numel() * inputs.element_size() + 1), 1)
+            for part, columns in zip(total.split(size), grad.split(size, 1), strict=True):
                 part += torch.mm(columns.t(), inputs)
 
     def results(self) -> tuple[Tensor | None, ...]:
@@ -236,7 +241,10 @@ class _Gradients:
         dtype = self.head.hidden.dtype
         if self.hidden is not None and self.head.shards is not None:
             self.head.shards.add_up(self.hidden)
-        return tuple(None if x is None else x.to(dtype) for x in (self.hidden, self.weight, self.bias))
+        return tuple(self.rounded(x, dtype) for x in (self.hidden, self.weight, self.bias))
+
+    def rounded(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return x if x is None or x.dtype == dtype else self.head.zeros(x.shape, dtype, x.device).copy_(x)
 
 
 class _Shards:
