@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from capo.credit import Credit
-from capo.losses import CHUNK_BYTES, LossRule, PolicyLoss, linear_policy_loss
+from capo.losses import CHUNK_BYTES, LossRule, PolicyLoss, linear_logprobs, linear_policy_loss
 
 # Classes whose forward is: base model, lm_head, and what `_logits_options` knows of.
 _ARCHITECTURES = (
@@ -37,7 +37,8 @@ class PolicyInputs:
     Args:
         response_mask: bool (or 0/1), True at every token of a response: of the shape [B, T] of ``input_ids``, or [B, R]
             for the last R positions of it.
-        credit: a ``Credit`` of the packed tokens, or advantages: [N], or of the shape of ``response_mask``.
+        credit: a ``Credit`` of the packed tokens, or advantages: [N], or of the shape of ``response_mask``. None: no loss;
+            the model returns log-probabilities and entropies, [N] and [N], without gradient (``capo.linear_logprobs``).
         old_logprobs, ref_logprobs, rollout_logprobs: float, [N] or of the shape of ``response_mask``, or None.
         rule: the formula.
         mask: bool, [N] or of the shape of ``response_mask``, True for the response tokens that count; None: all.
@@ -46,7 +47,7 @@ class PolicyInputs:
     """
 
     response_mask: Tensor
-    credit: Credit | Tensor
+    credit: Credit | Tensor | None = None
     old_logprobs: Tensor | None = None
     rule: LossRule = field(default_factory=LossRule)
     ref_logprobs: Tensor | None = None
@@ -79,7 +80,8 @@ class Patch(AbstractContextManager):
 def patch_causal_lm(model: Any, *, vocab_size: int | None = None, chunk_bytes: int = CHUNK_BYTES) -> Patch:
     """Teach a causal language model to return the policy loss, computed from its hidden states.
 
-    A call with ``capo=PolicyInputs(...)`` returns a ``PolicyLoss`` and makes no logits; any other call is as before::
+    A call with ``capo=PolicyInputs(...)`` returns a ``PolicyLoss`` (without ``credit``: log-probabilities and entropies) and
+    makes no logits; any other call is as before::
 
         with capo.patch_causal_lm(model):
             out = model(input_ids, attention_mask=mask, capo=capo.PolicyInputs(response_mask, credit, old_logprobs))
@@ -153,7 +155,7 @@ class _HeadForward:
         functools.update_wrapper(self, head.forward)
         self.config, self.head, self.plain, self.options = model.config, head, head.forward, options
 
-    def __call__(self, hidden: Tensor, loss: _Layout | None = None) -> Tensor | PolicyLoss:
+    def __call__(self, hidden: Tensor, loss: _Layout | None = None) -> Any:
         return self.plain(hidden) if loss is None else loss(hidden, self.head, self.config, self.options)
 
 
@@ -191,21 +193,20 @@ class _Layout:
         given = inputs.cu_seqlens
         self.cu_seqlens = nn.functional.pad(response.sum(1).cumsum(0), (1, 0)) if given is None else given
 
-    def __call__(self, hidden: Tensor, head: nn.Linear, config: Any, options: dict[str, Any]) -> PolicyLoss:
+    def __call__(
+        self, hidden: Tensor, head: nn.Linear, config: Any, options: dict[str, Any]
+    ) -> PolicyLoss | tuple[Tensor, Tensor]:
         rule = self.inputs.rule
         scaling = getattr(config, "logits_scaling", None)  # of Granite
         if scaling is not None:
             rule = dataclasses.replace(rule, temperature=rule.temperature * scaling)
+        softcap = getattr(config, "final_logit_softcapping", None)  # of Gemma2
+        options = {**options, "bias": head.bias, "softcap": softcap}
+        values = {name: self._packed(name) for name in _VALUES}
+        if self.inputs.credit is None:
+            return linear_logprobs(hidden, head.weight, self.labels, rule.temperature, values["mask"], **options)
         return linear_policy_loss(
-            hidden,
-            head.weight,
-            self.labels,
-            cu_seqlens=self.cu_seqlens,
-            rule=rule,
-            bias=head.bias,
-            softcap=getattr(config, "final_logit_softcapping", None),  # of Gemma2
-            **{name: self._packed(name) for name in _VALUES},
-            **options,
+            hidden, head.weight, self.labels, cu_seqlens=self.cu_seqlens, rule=rule, **values, **options
         )
 
     def _packed(self, name: str) -> Any:

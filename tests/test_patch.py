@@ -77,6 +77,17 @@ def test_a_mask_of_the_last_positions(device):
     assert_same(out, by_logits(model, case))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2-softcap", "granite-scaling"])
+def test_logprobs_without_credit(kind, device):
+    model, case = build(kind), Case()
+    with torch.no_grad():
+        expected = capo.logprobs(case.logits(model), case.labels, TEMPERATURE, case.mask)
+        inputs = PolicyInputs(case.response_mask, rule=RULE, mask=case.spread(case.mask))
+        with capo.patch_causal_lm(model):
+            actual = model(case.input_ids, **case.model_inputs(), capo=inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_credit_from_votes(device):
     model, case = build(), Case()
     steps = capo.Steps(torch.tensor([0, 2, 6, 8]), torch.tensor([2, 6, 8, 10]), torch.tensor([0, 2, 3, 4]))
