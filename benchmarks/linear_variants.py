@@ -388,5 +388,5 @@ def check_logprobs(variant: Variant, case: LinearCase) -> tuple[float | None, fl
 
 OPS = {
     "linear_policy_loss": Op(("tests/test_linear_policy_loss.py",), linear_cases, LINEAR_VARIANTS, check_linear),
-    "linear_logprobs": Op(("tests/test_linear_policy_loss.py",), logprobs_cases, LOGPROBS_VARIANTS, check_logprobs),
+    "linear_logprobs": Op(("tests/test_linear_logprobs.py",), logprobs_cases, LOGPROBS_VARIANTS, check_logprobs),
 }
