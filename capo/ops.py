@@ -415,7 +415,7 @@ def _head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
 
 def _head_tensor(op: str, name: str, x: Tensor, wanted: torch.dtype | None) -> Tensor:
     _require(
-        type(x) in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling(),
+        not hasattr(x, "device_mesh"),
         lambda: (
             f"{op}: {name} must be a plain tensor, got {type(x).__name__}; of a DTensor give full_tensor() or, for "
             "a weight sharded over the vocabulary, to_local() with group=<its process group>"
