@@ -1,7 +1,7 @@
 """HTTP for judges: one pooled client, deadlines, bounded retries, bodies read up to a limit, no redirects.
 
 httpx2 and not the openai package: deadline, size and redirects can be decided for each attempt while its body arrives, and
-nothing is retried behind our back. The key lives in the client's headers and nowhere else.
+nothing is retried behind our back. The key lives in one dict of headers and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import anyio
 import httpx2
 
+import capo
 from capo.judges import Fault, JudgeError
 
 T = TypeVar("T")
@@ -95,24 +97,31 @@ class Client:
     """
 
     def __init__(self, url: str, key: str | None, limits: Limits, counts: Counter[str], trust_env: bool) -> None:
-        self._url, self._limits, self._counts = url, limits, counts
+        self._url, self._limits, self._counts = httpx2.URL(url), limits, counts
         self._redact: Callable[[str], str] = (lambda text: text.replace(key, "***")) if key else (lambda text: text)
         # A compressed body could unpack to any size, so none is asked for.
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self._headers = {
+            "Host": self._url.netloc.decode(),
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"capo/{capo.__version__}",
+        }
         if key:
-            headers["Authorization"] = f"Bearer {key}"
+            self._headers["Authorization"] = f"Bearer {key}"
         pool = httpx2.Limits(
             max_connections=limits.concurrency,
             max_keepalive_connections=limits.concurrency,
             keepalive_expiry=KEEPALIVE,
         )
-        self._client = httpx2.AsyncClient(
-            headers=headers, limits=pool, timeout=None, follow_redirects=False, trust_env=trust_env
+        # The pool of an AsyncClient, without what the client does around it: redirects, cookies, log lines.
+        self._pool = httpx2.AsyncHTTPTransport(
+            limits=pool, trust_env=trust_env, proxy=_proxy(self._url) if trust_env else None
         )
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._pool.aclose()
 
     async def post(self, body: bytes, name: str, read: Callable[[dict[str, Any]], T]) -> T:
         """Send until there is an answer that can be read, or a limit is reached.
@@ -143,10 +152,11 @@ class Client:
         raise RuntimeError("unreachable")
 
     async def _attempt(self, body: bytes, request_id: str, timeout: float) -> dict[str, Any]:
-        request = self._client.build_request("POST", self._url, content=body, headers={"X-Request-Id": request_id})
+        headers = {**self._headers, "X-Request-Id": request_id}
+        request = httpx2.Request("POST", self._url, headers=headers, content=body)
         try:
             with anyio.fail_after(timeout):
-                response = await self._client.send(request, stream=True)
+                response = await self._pool.handle_async_request(request)
                 try:
                     content = await self._content(response)
                 finally:
@@ -164,7 +174,8 @@ class Client:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise CallFailed(Fault.BAD_BODY.value, "a compressed body, which was not asked for", again=False)
         chunks, length = [], 0
-        async for chunk in response.aiter_raw():
+        stream = cast(httpx2.AsyncByteStream, response.stream)  # as it comes: nothing is decoded
+        async for chunk in stream:
             length += len(chunk)
             if length > self._limits.max_body:
                 raise CallFailed(Fault.TOO_LARGE.value, f"over {self._limits.max_body} bytes", again=False)
@@ -202,6 +213,10 @@ class Client:
     def _excerpt(self, content: bytes) -> str:
         """The beginning of an answer, for people; servers have been seen to echo the key."""
         return self._redact(content[:4096].decode("utf-8", "replace"))[:200]
+
+
+def _proxy(url: httpx2.URL) -> str | None:
+    return None if proxy_bypass(url.host) else getproxies().get(url.scheme)
 
 
 def retry_after(value: str | None) -> float:
