@@ -21,7 +21,8 @@ from capo.critique import Critique
 from capo.judges import Fault, JudgeError, JudgeRequest
 
 pytest.importorskip("httpx2")
-from capo.judges.client import Limits, check_url, read_key, retry_after  # noqa: E402
+from capo.judges.address import check_url, read_key  # noqa: E402
+from capo.judges.client import Limits, retry_after  # noqa: E402
 from capo.judges.openai import OpenAIJudge  # noqa: E402
 
 QUICK = Limits(attempt_timeout=0.5, backoff=0.01, max_wait=0.05, retries=3, deadline=10)

@@ -19,8 +19,9 @@ import anyio
 
 from capo.critique import SCHEMA, render
 from capo.judges import Fault, JudgeError, JudgeReply, JudgeRequest
+from capo.judges.address import check_url, read_key
 from capo.judges.cache import ReplyCache
-from capo.judges.client import CallFailed, Client, Limits, check_url, read_key
+from capo.judges.client import CallFailed, Client, Limits
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class OpenAIJudge:
     ``failed/REASON``, ``attempts``, ``retries/REASON``, ``cache/hits``, ``downgraded``.
 
     Args:
-        url: of the API, up to and with ``/v1``; see `capo.judges.client.check_url` for what is refused.
+        url: of the API, up to and with ``/v1``; see `capo.judges.address.check_url` for what is refused.
         model: as the server calls it.
         temperature, top_p: of sampling; votes differ only above temperature 0.
         max_tokens: longest reply; a longer one is cut by the server and invalid.
