@@ -114,12 +114,9 @@ class OpenAIConfig(_Section):
     def extra_fields(self) -> dict[str, Any]:
         """The further fields of each request."""
         try:
-            extra = json.loads(self.extra)
-        except (ValueError, RecursionError):
-            extra = None
-        if not isinstance(extra, dict):
-            raise ValueError("extra must be a JSON object, such as '{\"top_k\": 20}'")
-        return extra
+            return dict[str, Any](json.loads(self.extra).items())
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError("extra must be a JSON object, such as '{\"top_k\": 20}'") from None
 
 
 class TransformersConfig(_Section):
@@ -144,7 +141,9 @@ class JudgeConfig(_Section):
     top_p: float = Field(default=1.0, gt=0, le=1, description="of the judge's sampling")
     max_tokens: int = Field(default=1024, ge=1, le=1_000_000, description="longest reply; a longer one is invalid")
     structured: bool = Field(default=False, description="ask for JSON instead of tags")
-    false_alarm: float = Field(default=0.2, ge=0, le=1, description="scripted: probability that a right step is flagged")
+    false_alarm: float = Field(
+        default=0.2, ge=0, le=1, description="scripted: probability that a right step is flagged"
+    )
     missed: float = Field(default=0.2, ge=0, le=1, description="scripted: probability that a wrong one is not")
     invalid: float = Field(default=0.0, ge=0, le=1, description="scripted: probability of a reply that does not parse")
     failed: float = Field(default=0.0, ge=0, le=1, description="scripted: probability that no reply comes")

@@ -217,9 +217,7 @@ def parse(
     return Critique(verdict, () if verdict and trust == "verdict" else flagged)
 
 
-def parse_json(
-    text: str, num_steps: int, nonce: str | None, *, trust: Literal["list", "verdict"] = "list"
-) -> Critique:
+def parse_json(text: str, num_steps: int, nonce: str | None, *, trust: Literal["list", "verdict"] = "list") -> Critique:
     """Read a judge's answer in JSON, as `render` asks for it with ``structured=True``.
 
     From the first ``{`` to the last ``}`` it must be one object with exactly the keys of `SCHEMA`, each once, and the

@@ -38,8 +38,8 @@ def report(console: Console | None = None) -> None:
         state = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
         hint = f"; missing: {', '.join(missing)} (pip install 'capo[{extra}]')" if missing else ""
         console.print(f"{extra}: {state}{hint}", markup=False)
-    for engine, (packages, extra) in ENGINES.items():
-        missing = [name for name in packages if _version(name) is None]
+    for engine, (needed, extra) in ENGINES.items():
+        missing = [name for name in needed if _version(name) is None]
         state = f"not available: no {', '.join(missing)} (pip install 'capo[{extra}]')" if missing else "ready"
         console.print(f"judge {engine}: {state}", markup=False)
 

@@ -65,11 +65,15 @@ def judge_metrics(credit: Credit, votes: Votes) -> dict[str, Any]:
         "capo/critiques/valid": states.count("valid"),
         "capo/critiques/invalid": states.count("invalid"),
         "capo/critiques/failed": states.count("failed"),
-        "capo/critiques/duplicates": sum(critique.count_duplicates(reply.text for reply in row) for row in votes.replies),
+        "capo/critiques/duplicates": sum(
+            critique.count_duplicates(reply.text for reply in row) for row in votes.replies
+        ),
         "capo/critiques/left_out": 1 - votes.asked / votes.full,
         "capo/judge_tokens_per_token": tokens / max(1, int(credit.cu_seqlens[-1])),
         # Judge and verifier contradict each other: right with every step flagged, wrong with none.
-        "capo/conflict/right": int((heard & (credit.outcomes > 0) & (num_steps > 0) & (num_flagged == num_steps)).sum()),
+        "capo/conflict/right": int(
+            (heard & (credit.outcomes > 0) & (num_steps > 0) & (num_flagged == num_steps)).sum()
+        ),
         "capo/conflict/wrong": int((heard & (credit.outcomes == 0) & (num_steps > 0) & (num_flagged == 0)).sum()),
     }
 
@@ -105,7 +109,11 @@ def alarms(metrics: Mapping[str, Any]) -> dict[str, str]:
     look("capo/flag_rate/right", value("capo/flag_rate/right") > 0.5, "most steps of right responses are flagged")
     look("capo/vote_kappa", value("capo/vote_kappa") < 0.1, "votes agree hardly more than by chance")
     look("capo/marked_responses", value("capo/marked_responses") > 0.01, "responses hold markers of the judge's prompt")
-    look("capo/single_step_responses", value("capo/single_step_responses") > 0.9, "responses are no longer cut into steps")
+    look(
+        "capo/single_step_responses",
+        value("capo/single_step_responses") > 0.9,
+        "responses are no longer cut into steps",
+    )
     return found
 
 

@@ -8,7 +8,6 @@ Dimension key: B responses of one update, N packed response tokens, M steps, K c
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import shutil
 import threading
@@ -27,7 +26,7 @@ from capo.data import DELIMITER, ArithmeticTask, Problem
 from capo.errors import UsageError
 from capo.evaluate import accuracy, plot_curves, response_texts
 from capo.judges import JudgeError, JudgeRequest
-from capo.judges.make import make_judge
+from capo.judges.make import closing, make_judge
 from capo.judges.voting import collect
 from capo.learn import Batch, learn, response_logprobs
 from capo.metrics import MetricsLog, alarms, judge_metrics, outcome_metrics, read_metrics, response_metrics
@@ -79,7 +78,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
             rundir.check(config, resume)  # again, now that nobody else can write there
             run = _Run(config, resume, console, stop)
-            with contextlib.closing(run.judge) if hasattr(run.judge, "close") else contextlib.nullcontext():
+            with closing(run.judge):
                 return run.train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None

@@ -42,7 +42,9 @@ def test_decided_means_the_same_weight_whatever_the_open_votes_say(rule, num_vot
             # The least: some continuation of that length decides, none that is shorter does.
             for length in range(left + 1 if rule != "average" else 0):
                 decides = any(
-                    len({weights[history + more + rest] for rest in itertools.product([1, 0, -1], repeat=left - length)})
+                    len(
+                        {weights[history + more + rest] for rest in itertools.product([1, 0, -1], repeat=left - length)}
+                    )
                     == 1
                     for more in itertools.product([1, 0, -1], repeat=length)
                 )

@@ -192,7 +192,6 @@ class Client:
         wait = retry_after(response.headers.get("Retry-After"))
         return CallFailed(f"http_{status}", detail, again=again, wait=wait)
 
-
     def _answer(self, response: httpx2.Response, content: bytes, request_id: str) -> dict[str, Any]:
         try:
             answer = json.loads(content)

@@ -1,6 +1,6 @@
 """Write arithmetic.jsonl: worked chains of the built-in task with known mistakes, labelled step by step by its exact checker.
 
-    python examples/judge/make_arithmetic.py [--count 200] [--seed 0]
+python examples/judge/make_arithmetic.py [--count 200] [--seed 0]
 """
 
 import argparse
