@@ -61,9 +61,13 @@ def main():
         shares = [left_out(size, rule, options.votes, options.error, options.responses) for size in sizes]
         print(f"{rule:<20}" + "".join(f"{share:>7.1%} " for share in shares))
     if options.run:
-        shares = [row["capo/critiques/left_out"] for row in read_metrics(options.run) if "capo/critiques/left_out" in row]
+        shares = [
+            row["capo/critiques/left_out"] for row in read_metrics(options.run) if "capo/critiques/left_out" in row
+        ]
         median = statistics.median(shares)
-        print(f"{options.run}: {median:.1%} in the median of {len(shares)} updates ({min(shares):.1%} to {max(shares):.1%})")
+        print(
+            f"{options.run}: {median:.1%} in the median of {len(shares)} updates ({min(shares):.1%} to {max(shares):.1%})"
+        )
 
 
 if __name__ == "__main__":
