@@ -25,10 +25,19 @@ from capo.credit import Credit
 from capo.data import DELIMITER, ArithmeticTask, Problem
 from capo.errors import UsageError
 from capo.evaluate import accuracy, plot_curves, response_texts
-from capo.judges import Judge, JudgeRequest
-from capo.judges.scripted import ScriptedJudge
+from capo.judges import JudgeError, JudgeRequest
+from capo.judges.make import closing, make_judge
+from capo.judges.voting import collect
 from capo.learn import Batch, learn, response_logprobs
-from capo.metrics import MetricsLog, judge_metrics, outcome_metrics, read_metrics, verifier_metrics
+from capo.metrics import (
+    MetricsLog,
+    alarms,
+    judge_metrics,
+    outcome_metrics,
+    read_metrics,
+    response_metrics,
+    verifier_metrics,
+)
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
 from capo.rollout import Rollouts, sample
@@ -78,7 +87,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
             rundir.check(config, resume)  # again, now that nobody else can write there
             run = _Run(config, resume, console, stop)
-            with run.verifier:
+            with closing(run.judge), run.verifier:
                 return run.train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
@@ -94,14 +103,7 @@ class _Run:
         self.task = ArithmeticTask(config.task, stream(config.seeds.data, "task"))
         held_out = torch.Generator().manual_seed(stream(config.seeds.data, "held out"))
         self.held_out = self.task.problems(config.task.held_out, held_out, held_out=True)
-        self.judge: Judge = ScriptedJudge(
-            self.task.check,
-            false_alarm=config.judge.false_alarm,
-            missed=config.judge.missed,
-            invalid=config.judge.invalid,
-            failed=config.judge.failed,
-            seed=stream(config.seeds.rl, "judge"),
-        )
+        self.judge = make_judge(config.judge, self.task.check, stream(config.seeds.rl, "judge"))
         self.verifier = Verifier(engine="plain")  # the task's answers are digits
         self.model = build_model(config.model, self.task, stream(config.seeds.warm_start, "weights"))
         self.model.to(_device(config.device))
@@ -109,6 +111,7 @@ class _Run:
             self.model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
         )
         self.reference: Any = None  # the warm-started model, where the loss has a KL term
+        self.warned: set[str] = set()
         self.state: dict[str, Any] = {"update": 0, "num_tokens": 0, "bad_in_row": 0, "bad_updates": 0}
 
     def train(self) -> Result:
@@ -118,12 +121,17 @@ class _Run:
         first = state["update"] + 1
         with stage(self.console, config.method, config.updates, done=first - 1) as show:
             for update in range(first, config.updates + 1):
-                metrics = self._update(update)
+                try:
+                    metrics = self._update(update)
+                except JudgeError as error:
+                    self._save()  # the weights are those of the update before
+                    raise TrainingError(f"{error}. The run is saved; go on with --resume") from None
                 stopping = self.stop.is_set()
                 last = stopping or update == config.updates
                 if last or update % config.eval_every == 0:
                     metrics["eval/accuracy"] = state["accuracy"] = self._accuracy()
                 self.log.write({"step": update, **metrics})
+                self._warn(update, metrics)
                 if last or update % config.save_every == 0:
                     self._save()
                 _show(show, update, metrics, state["accuracy"])
@@ -187,6 +195,13 @@ class _Run:
                 raise TrainingError(str(error)) from None
         return True
 
+    def _warn(self, update: int, metrics: dict[str, Any]) -> None:
+        """Say what looks wrong with the judge, each thing once."""
+        for name, words in alarms(metrics).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                print(f"warning: update {update}: {words}", file=self.console.file)
+
     def _save(self) -> None:
         path = checkpoint.checkpoint_path(self.checkpoints, self.state["update"])
         checkpoint.save(path, self.model, self.optimizer, self.state)
@@ -240,10 +255,13 @@ class _Run:
         steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
         texts = step_texts(rollouts.token_ids, steps, task.token_bytes)
         requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(problems, texts, strict=True)]
-        votes = config.judge.num_votes
-        replies = self.judge.critique(requests, votes) if votes else [[] for _ in requests]
+        groups = torch.arange(config.prompts, device=outcomes.device).repeat_interleave(config.group_size)
+        rule, num_votes = config.credit_rule(), config.judge.num_votes
+        votes = collect(
+            self.judge, requests, num_votes, rule, outcomes.tolist(), groups.tolist(), adaptive=config.judge.adaptive
+        )
         table = critique.vote_table(
-            [[reply.critique for reply in row] for row in replies], list(map(len, texts)), votes
+            [[reply.critique for reply in row] for row in votes.replies], list(map(len, texts)), num_votes
         )
         judged = time.perf_counter()
 
@@ -252,8 +270,8 @@ class _Run:
             votes=table.to(outcomes.device),
             steps=steps,
             cu_seqlens=rollouts.cu_seqlens,
-            groups=torch.arange(config.prompts, device=outcomes.device).repeat_interleave(config.group_size),
-            rule=config.credit_rule(),
+            groups=groups,
+            rule=rule,
         )
         # Over the whole update at once: minibatches and micro-batches may then be cut anywhere.
         advantages = credit.advantages()
@@ -261,7 +279,8 @@ class _Run:
         ref_logprobs = response_logprobs(self.reference, rollouts, config)[0] if self.reference is not None else None
         metrics = {
             **outcome_metrics(outcomes, config.group_size),
-            **judge_metrics(credit, replies),
+            **judge_metrics(credit, votes),
+            **response_metrics(credit, requests),
             **verifier_metrics(self.verifier, *verified),
             "entropy": entropy.mean().item(),
             "completions/mean_length": rollouts.cu_seqlens.diff().double().mean().item(),
