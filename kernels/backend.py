@@ -1,0 +1,6 @@
+"""The functions of the Triton backend."""
+
+from capo.kernels.logprobs import logprobs
+from capo.kernels.policy_loss import new_gradient, policy_loss
+
+__all__ = ["logprobs", "new_gradient", "policy_loss"]

@@ -1,0 +1,55 @@
+"""What launches have in common."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+
+from capo.kernels.rows import BLOCK, MAX_VOCAB, UNROLL
+
+MAX_SPLITS = 64
+
+
+def check_vocab(op, vocab):
+    """Raise ValueError for a vocabulary beyond what the sums of a row hold."""
+    if vocab > MAX_VOCAB:
+        raise ValueError(
+            f"{op}: a vocabulary of {vocab} is beyond the {MAX_VOCAB} of the triton backend; use capo.use_backend('torch')"
+        )
+
+
+def on_device(tensor):
+    """Launches inside go to the device of the tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def neighbours(logits):
+    """How many columns of 16 bytes in all a thread loads at once."""
+    return 16 // logits.element_size()
+
+
+def alignment(logits, grad):
+    """What is known of the rows' addresses: whether loads and stores of 16 bytes fit them."""
+    width = neighbours(logits)
+
+    def of(tensor):
+        return width if tensor is not None and tensor.stride(0) % width == 0 else 1
+
+    return {"ALIGN": of(logits), "GRAD_ALIGN": of(grad), "VOCAB_ALIGN": width if logits.shape[1] % width == 0 else 1}
+
+
+def splits_of(logits):
+    """Among how many programs a row is divided, and columns for each: more than one where rows are few."""
+    rows, vocab = logits.shape
+    chunk = BLOCK * UNROLL
+    chunks = triton.cdiv(vocab, chunk)
+    wanted = min(triton.cdiv(programs(logits.device), max(rows, 1)), chunks, MAX_SPLITS)
+    per_split = triton.cdiv(chunks, max(wanted, 1))
+    return triton.cdiv(chunks, per_split), per_split * chunk
+
+
+@functools.cache
+def programs(device):
+    """How many programs of WARPS the device runs at once; 1 on the CPU."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
