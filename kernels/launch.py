@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import math
+import struct
 
 import torch
 import triton
@@ -27,6 +29,18 @@ def on_device(tensor):
 def neighbours(logits):
     """How many columns of 16 bytes in all a thread loads at once."""
     return 16 // logits.element_size()
+
+
+def rates_of(logits, temperature):
+    """What ``rows.powers`` needs to know of the temperature. Logits of 16 bits have no use for the rest of the rate."""
+    exact, exact_inverse = 1.0 / (math.log(2.0) * temperature), 1.0 / temperature
+    rate, inverse = _float32(exact), _float32(exact_inverse)
+    rest = exact - rate if logits.dtype == torch.float32 else None
+    return rate, rest, -200.0 / rate, inverse, exact_inverse - inverse
+
+
+def _float32(x):
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def alignment(logits, grad):

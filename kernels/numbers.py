@@ -27,7 +27,10 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for finite x >= 0. The hardware's logarithm has an absolute error that a small x does not survive."""
+    """log(1 + x) for finite x >= 0, as a few digits of its size and the rest.
+
+    The hardware's logarithm has an absolute error that a small x does not survive.
+    """
     bits = (1.0 + x).to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # so that the mantissa lies between the roots of 1/2 and of 2
     mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
@@ -36,4 +39,4 @@ def log1p(x):
     s = q * q
     log = q * (2.0 + s * (2 / 3 + s * (2 / 5 + s * (2 / 7 + s * (2 / 9)))))
     k = exponent.to(tl.float32)
-    return k * 0.693359375 + (log - k * 2.12194440e-4)
+    return k * 0.693359375, log - k * 2.12194440e-4

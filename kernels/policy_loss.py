@@ -13,8 +13,7 @@ import triton.language as tl
 
 from capo import reference
 from capo.backends import checks_values
-from capo.kernels.launch import alignment, check_vocab, neighbours, on_device, splits_of
-from capo.kernels.numbers import LN2
+from capo.kernels.launch import alignment, check_vocab, neighbours, on_device, rates_of, splits_of
 from capo.kernels.rows import BLOCK, UNROLL, WARPS, fill, read_row, write_gradient
 from capo.kernels.stats import row_stats
 from capo.kernels.tokens import log_ratio_of, token_terms
@@ -77,7 +76,7 @@ def scale_of(scale, active_ptr):
 def loss_of_rows(
     logits_ptr, stride, grad_ptr, grad_stride, labels_ptr, advantages_ptr, old_ptr, ref_ptr, rollout_ptr, weights_ptr,
     active_ptr, logprobs_ptr, entropy_ptr, loss_ptr, kl_ptr, clipped_ptr, vocab, ratio_low, ratio_high, clip_dual,
-    kl_coef, entropy_coef, importance_cap, scale, rate, inverse_temperature, CISPO: tl.constexpr, KL: tl.constexpr,
+    kl_coef, entropy_coef, importance_cap, scale, rate, rest, lowest, inverse, inverse_rest, CISPO: tl.constexpr, KL: tl.constexpr,
     ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
@@ -92,10 +91,11 @@ def loss_of_rows(
             out = grad_ptr + tl.multiple_of(index * grad_stride, GRAD_ALIGN)
             fill(out, 0, vocab, 0.0, BLOCK)
     else:
+        rates = (rate, rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         label = tl.load(labels_ptr + index)
         logp, entropy, top, sum_, mean, at_label = read_row(
-            row, label, vocab, rate, inverse_temperature, BLOCK, UNROLL, NEIGHBOURS
+            row, label, vocab, rates, BLOCK, UNROLL, NEIGHBOURS
         )
         tl.store(logprobs_ptr + index, logp)
         tl.store(entropy_ptr + index, entropy)
@@ -116,8 +116,7 @@ def loss_of_rows(
             else:
                 h = -entropy_coef * weight
             write_gradient(
-                row, out, 0, vocab, label, top, sum_, mean, at_label, logp, g, h, rate, inverse_temperature, BLOCK,
-                UNROLL,
+                row, out, 0, vocab, label, top, sum_, mean, at_label, logp, g, h, rates, BLOCK, UNROLL,
             )  # fmt: skip
 
 
@@ -198,7 +197,7 @@ def terms_of_responses(
 @triton.jit(do_not_specialize=["stride", "grad_stride", "vocab", "span", "splits"])
 def gradient_of_rows(
     logits_ptr, stride, grad_ptr, grad_stride, labels_ptr, weights_ptr, active_ptr, logprobs_ptr, stats_ptr, slope_ptr,
-    vocab, span, splits, entropy_coef, scale, rate, inverse_temperature, ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
+    vocab, span, splits, entropy_coef, scale, rate, rest, lowest, inverse, inverse_rest, ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
     VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one of ``splits`` parts of a row, ``span`` columns each."""
@@ -211,6 +210,7 @@ def gradient_of_rows(
     if weight == 0.0:
         fill(out, first, last, 0.0, BLOCK)
     else:
+        rates = (rate, rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         if entropy_coef is None:
             h = None
@@ -219,8 +219,7 @@ def gradient_of_rows(
         stats = stats_ptr + 4 * index
         write_gradient(
             row, out, first, last, tl.load(labels_ptr + index), tl.load(stats), tl.load(stats + 1), tl.load(stats + 2),
-            tl.load(stats + 3), tl.load(logprobs_ptr + index), tl.load(slope_ptr + index), h, rate, inverse_temperature,
-            BLOCK, UNROLL,
+            tl.load(stats + 3), tl.load(logprobs_ptr + index), tl.load(slope_ptr + index), h, rates, BLOCK, UNROLL,
         )  # fmt: skip
 
 
@@ -296,7 +295,7 @@ def policy_loss(
         float("inf") if importance_cap is None else importance_cap, scale,
     )  # fmt: skip
     kind = {"CISPO": objective == "cispo", "KL": _KL.index(kl) if kl_coef > 0 else 0}
-    rates = 1.0 / (LN2.value * temperature), 1.0 / temperature
+    rates = rates_of(logits, temperature)
     per_token = advantages, old_logprobs, ref_logprobs, rollout_logprobs
     aligned = alignment(logits, grad)
     splits, span = splits_of(logits)

@@ -22,9 +22,17 @@ WARPS = 16
 
 
 @triton.jit
-def powers(z, top, rate):
-    """2^t and t = (z - top) * rate, held at -200, where -inf * 0 does no harm; NaN stays."""
-    t = tl.maximum((z - top) * rate, -200.0, propagate_nan=tl.PropagateNan.ALL)
+def powers(z, top, rates):
+    """2^t and t = (z - top) * rate, held at -200, where t * 2^t is 0; NaN stays.
+
+    ``rates``: of log2(e) / temperature the float32 and the rest (None: not needed), -200 / rate, and of 1 / temperature the
+    float32 and the rest.
+    """
+    rate, rest, lowest, _, _ = rates
+    d = tl.maximum(z - top, lowest, propagate_nan=tl.PropagateNan.ALL)
+    t = d * rate
+    if rest is not None:
+        t = tl.fma(d, rest, t)
     return tl.exp2(t), t
 
 
@@ -64,7 +72,7 @@ def largest(row, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sums(row, first, last, top, rate, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr):
+def sums(row, first, last, top, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr):
     """Sums of 2^t and of 2^t * t over the columns [first, last), as integers, and whether they do not fit.
 
     They do not where ``top`` is far below the largest logit, and where there is NaN, +inf or nothing but -inf.
@@ -81,7 +89,7 @@ def sums(row, first, last, top, rate, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
         moment = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(UNROLL):
             z = tl.load(row + start + k * BLOCK + columns, eviction_policy="evict_last")
-            e, t = powers(z.to(tl.float32), top, rate)
+            e, t = powers(z.to(tl.float32), top, rates)
             sum_ += e
             moment = tl.fma(e, t, moment)
         sum_ = add_neighbours(sum_, NEIGHBOURS)
@@ -96,7 +104,7 @@ def sums(row, first, last, top, rate, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
         for start in range(whole, last, BLOCK):
             inside = start + columns < last
             z = tl.load(row + start + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last")
-            e, t = powers(z.to(tl.float32), top, rate)
+            e, t = powers(z.to(tl.float32), top, rates)
             sum_ += e
             moment = tl.fma(e, t, moment)
         sum_ = add_neighbours(sum_, NEIGHBOURS)
@@ -109,30 +117,32 @@ def sums(row, first, last, top, rate, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 
 
 @triton.jit
-def finish(top, at_label, total, centred, beyond, inverse_temperature):
+def finish(top, at_label, total, centred, beyond, rates):
     """logp, entropy, sum of exp(z - top) and the mean of z - top, from the sums of a row; NaN if they do not fit."""
     LN2: tl.constexpr = 0.6931471805599453
     nan = tl.where(beyond == 0, 0.0, float("nan"))
-    log_sum = log1p((total - 17179869184).to(tl.float32) * (1 / ONE))
+    log_sum, log_rest = log1p((total - 17179869184).to(tl.float32) * (1 / ONE))
     sum_ = total.to(tl.float32) * (1 / ONE)
     mean = centred.to(tl.float32) * (LN2 / CENTRED_ONE) / sum_
-    logp = (at_label - top) * inverse_temperature - log_sum
-    return logp + nan, log_sum - mean + nan, sum_ + nan, mean + nan
+    # A handful of numbers for each row, in float64: the difference may be much smaller than its parts.
+    below = at_label.to(tl.float64) - top.to(tl.float64)
+    logp = below * rates[3] + (below * rates[4] - (log_sum.to(tl.float64) + log_rest.to(tl.float64)))
+    logp = tl.where(below == -float("inf"), below, logp).to(tl.float32)
+    return logp + nan, log_sum + (log_rest - mean) + nan, sum_ + nan, mean + nan
 
 
 @triton.jit
 def read_row(
-    row, label, vocab, rate, inverse_temperature,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    row, label, vocab, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr
 ):  # fmt: skip
     """logp, entropy, top, sum of exp(z - top), mean of z - top and the label's logit; a label out of range gives NaN."""
     known = (label >= 0) & (label < vocab)
     top, at_label = first_guess(row, tl.where(known, label, 0), vocab, BLOCK)
-    total, centred, beyond = sums(row, 0, vocab, top, rate, BLOCK, UNROLL, NEIGHBOURS)
+    total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
     if beyond != 0:
         top = largest(row, vocab, BLOCK)
-        total, centred, beyond = sums(row, 0, vocab, top, rate, BLOCK, UNROLL, NEIGHBOURS)
-    logp, entropy, sum_, mean = finish(top, at_label, total, centred, beyond, inverse_temperature)
+        total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
+    logp, entropy, sum_, mean = finish(top, at_label, total, centred, beyond, rates)
     return tl.where(known, logp, float("nan")), entropy, top, sum_, mean, at_label
 
 
@@ -151,8 +161,8 @@ def fill(out, first, last, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gradient_of(z, top, rate, alpha, beta):
-    e, t = powers(z.to(tl.float32), top, rate)
+def gradient_of(z, top, rates, alpha, beta):
+    e, t = powers(z.to(tl.float32), top, rates)
     if beta is None:
         return e * alpha
     else:
@@ -161,8 +171,8 @@ def gradient_of(z, top, rate, alpha, beta):
 
 @triton.jit
 def write_gradient(
-    row, out, first, last, label, top, sum_, mean, at_label, logp, g, h, rate, inverse_temperature,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    row, out, first, last, label, top, sum_, mean, at_label, logp, g, h, rates, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The gradient in the columns [first, last): g is d loss / d logp, h d loss / d entropy or None.
 
@@ -170,7 +180,7 @@ def write_gradient(
     """
     LN2: tl.constexpr = 0.6931471805599453
     CHUNK: tl.constexpr = BLOCK * UNROLL
-    s = inverse_temperature
+    s = rates[3]
     label_gradient = -s * g * expm1(logp)
     if h is None:
         beta = None
@@ -192,13 +202,13 @@ def write_gradient(
         for start in range(whole, last, BLOCK):
             inside = start + columns < last
             z = tl.load(row + start + columns, mask=inside, other=-float("inf"), eviction_policy="evict_first")
-            value = gradient_of(z, top, rate, alpha, beta).to(out.dtype.element_ty)
+            value = gradient_of(z, top, rates, alpha, beta).to(out.dtype.element_ty)
             tl.store(out + start + columns, value, mask=inside, eviction_policy="evict_first")
         columns = tl.arange(0, CHUNK)
         for step in range(0, whole - first, CHUNK):
             start = whole - CHUNK - step
             z = tl.load(row + start + columns, eviction_policy="evict_first")
-            value = gradient_of(z, top, rate, alpha, beta).to(out.dtype.element_ty)
+            value = gradient_of(z, top, rates, alpha, beta).to(out.dtype.element_ty)
             tl.store(out + start + columns, value, eviction_policy="evict_first")
         tl.debug_barrier()  # the label's entry lies in one of the blocks
         if (label >= first) & (label < last):

@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from capo.kernels.launch import alignment, neighbours, splits_of
-from capo.kernels.numbers import LN2
+from capo.kernels.launch import alignment, neighbours, rates_of, splits_of
 from capo.kernels.rows import BLOCK, UNROLL, WARPS, finish, first_guess, largest, read_row, sums
 
 
@@ -23,7 +22,7 @@ def store_result(index, result, logprobs_ptr, entropy_ptr, stats_ptr):
 
 @triton.jit(do_not_specialize=["stride", "vocab"])
 def stats_of_rows(
-    logits_ptr, stride, labels_ptr, live_ptr, logprobs_ptr, entropy_ptr, stats_ptr, vocab, rate, inverse_temperature,
+    logits_ptr, stride, labels_ptr, live_ptr, logprobs_ptr, entropy_ptr, stats_ptr, vocab, rate, rest, lowest, inverse, inverse_rest,
     ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Results of one row: one read of it."""
@@ -33,9 +32,10 @@ def stats_of_rows(
     if live_ptr is not None:
         live = tl.load(live_ptr + index) != 0
     if live:
+        rates = (rate, rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         label = tl.load(labels_ptr + index)
-        result = read_row(row, label, vocab, rate, inverse_temperature, BLOCK, UNROLL, NEIGHBOURS)
+        result = read_row(row, label, vocab, rates, BLOCK, UNROLL, NEIGHBOURS)
         store_result(index, result, logprobs_ptr, entropy_ptr, stats_ptr)
     else:
         tl.store(logprobs_ptr + index, 0.0)
@@ -44,8 +44,8 @@ def stats_of_rows(
 
 @triton.jit(do_not_specialize=["stride", "vocab", "span", "splits"])
 def sums_of_parts(
-    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, vocab, span, splits, rate, ALIGN: tl.constexpr,
-    VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, vocab, span, splits, rate, rest, lowest, inverse, inverse_rest,
+    ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Sums of one of ``splits`` parts of a row, ``span`` columns each. parts: int64 [rows, splits, 3]"""
     part = tl.program_id(0).to(tl.int64)
@@ -55,13 +55,14 @@ def sums_of_parts(
     if live_ptr is not None:
         live = tl.load(live_ptr + index) != 0
     if live:
+        rates = (rate, rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         label = tl.load(labels_ptr + index)
         label = tl.where((label >= 0) & (label < vocab), label, 0)
         top, _ = first_guess(row, label, vocab, BLOCK)
         first = (tl.program_id(0) % splits) * tl.multiple_of(span, BLOCK * UNROLL)
         last = tl.minimum(first + span, vocab)
-        total, centred, beyond = sums(row, first, last, top, rate, BLOCK, UNROLL, NEIGHBOURS)
+        total, centred, beyond = sums(row, first, last, top, rates, BLOCK, UNROLL, NEIGHBOURS)
         tl.store(parts_ptr + 3 * part, total)
         tl.store(parts_ptr + 3 * part + 1, centred)
         tl.store(parts_ptr + 3 * part + 2, beyond.to(tl.int64))
@@ -69,8 +70,8 @@ def sums_of_parts(
 
 @triton.jit(do_not_specialize=["stride", "vocab", "splits"])
 def results_of_parts(
-    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, logprobs_ptr, entropy_ptr, stats_ptr, vocab, splits, rate,
-    inverse_temperature, ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, logprobs_ptr, entropy_ptr, stats_ptr, vocab, splits, rate, rest, lowest,
+    inverse, inverse_rest, ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Results of one row from the sums of its parts; the row is read again only if those do not fit."""
@@ -80,6 +81,7 @@ def results_of_parts(
     if live_ptr is not None:
         live = tl.load(live_ptr + index) != 0
     if live:
+        rates = (rate, rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         label = tl.load(labels_ptr + index)
         known = (label >= 0) & (label < vocab)
@@ -91,8 +93,8 @@ def results_of_parts(
         beyond = tl.max(tl.load(parts + 2, mask=part < splits, other=0), 0).to(tl.int32)
         if beyond != 0:
             top = largest(row, vocab, BLOCK)
-            total, centred, beyond = sums(row, 0, vocab, top, rate, BLOCK, UNROLL, NEIGHBOURS)
-        logp, entropy, sum_, mean = finish(top, at_label, total, centred, beyond, inverse_temperature)
+            total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
+        logp, entropy, sum_, mean = finish(top, at_label, total, centred, beyond, rates)
         logp = tl.where(known, logp, float("nan"))
         store_result(index, (logp, entropy, top, sum_, mean, at_label), logprobs_ptr, entropy_ptr, stats_ptr)
     else:
@@ -106,7 +108,7 @@ def row_stats(logits, labels, live, logprobs, entropy, stats, temperature):
     Rows that are not ``live`` (not 0; None: all are) are not read: they get log-probability and entropy 0.
     """
     rows, vocab = logits.shape
-    rates = 1.0 / (LN2.value * temperature), 1.0 / temperature
+    rates = rates_of(logits, temperature)
     aligned = {name: value for name, value in alignment(logits, None).items() if name != "GRAD_ALIGN"}
     sizes = {"BLOCK": BLOCK, "UNROLL": UNROLL, "NEIGHBOURS": neighbours(logits)}
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -118,7 +120,7 @@ def row_stats(logits, labels, live, logprobs, entropy, stats, temperature):
         )  # fmt: skip
         return
     parts = torch.empty((rows, splits, 3), dtype=torch.int64, device=logits.device)
-    sums_of_parts[(rows * splits,)](*source, parts, vocab, span, splits, rates[0], **aligned, **sizes, **options)
+    sums_of_parts[(rows * splits,)](*source, parts, vocab, span, splits, *rates, **aligned, **sizes, **options)
     results_of_parts[(rows,)](
         *source, parts, logprobs, entropy, stats, vocab, splits, *rates, **aligned, **sizes, PARTS=64, **options
     )
