@@ -49,6 +49,22 @@ INTERPRETED = {
     "test_masked_rows_are_not_read": 1,
     "test_strided_and_padded_vocabularies": 1,
     "test_nothing": 1,
+    "test_the_golden_vector_of_the_paper": 1,
+    "test_step_weights": 1,
+    "test_presets_by_hand": 1,
+    "test_every_rule_equals_the_reference": 1,
+    "test_every_reward_with_every_normalisation": 1,
+    "test_without_process_weight_steps_and_votes_have_no_influence_bit_for_bit": 1,
+    "test_constant_groups_have_advantage_zero": 1,
+    "test_a_group_whose_rewards_differ_in_the_last_bit_is_not_constant": 1,
+    "test_one_flagged_token_among_many_is_amplified_as_the_formula_says": 1,
+    "test_statistics_do_not_cancel": 1,
+    "test_groups_are_ids_in_any_order_and_do_not_mix": 1,
+    "test_an_undecided_outcome_leaves_its_group": 1,
+    "test_tokens_outside_all_steps_have_weight_zero": 1,
+    "test_empty_everything": 1,
+    "test_non_contiguous_inputs_and_many_votes": 1,
+    "test_bad_values_are_named": 1,
 }
 
 
