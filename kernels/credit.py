@@ -71,6 +71,8 @@ def facts_of_responses(
     unflagged steps. STEPPED: the reward of a token depends on its step.
     """
     response = tl.program_id(0).to(tl.int64)
+    outcome_weight = tl.full([], 1.0, tl.float64) * outcome_weight
+    process_weight = tl.full([], 1.0, tl.float64) * process_weight
     outcome = tl.load(outcomes_ptr + response).to(tl.float64)
     right = outcome > 0.0
     first_token = tl.load(cu_seqlens_ptr + response)
@@ -105,11 +107,10 @@ def facts_of_responses(
     length = (last_token - first_token).to(tl.float64)
 
     if REWARD == PREFIX:
-        base = tl.where(right, outcome_weight, process_weight).to(tl.float64)
+        base = tl.where(right, outcome_weight, process_weight)
         flagged = tl.where(right, last, flagged)  # the first flagged step of a wrong response and all behind it get 0
     elif REWARD == FLAWED:
         base = tl.where(right, outcome_weight - tl.where(flagged < last, process_weight, 0.0), -outcome_weight)
-        base = base.to(tl.float64)
     else:
         base = outcome_weight * outcome
     if STEPPED or REWARD == STEP_SUFFIX:
@@ -244,7 +245,8 @@ def group_moments(
                 if WEIGHTED:
                     squares += tl.load(facts + DEVIATION, mask=counted, other=0.0)
         if again == 0:
-            mean = tl.sum(total, 0) / tl.sum(count, 0)
+            number = tl.sum(count, 0)
+            mean = tl.sum(total, 0) / tl.where(number > 0.0, number, 1.0)
     return tl.sum(count, 0), mean, tl.sum(squares, 0), tl.min(low, 0), tl.max(high, 0)
 
 

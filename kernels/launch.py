@@ -8,7 +8,7 @@ import struct
 import torch
 import triton
 
-from capo.kernels.rows import BLOCK, MAX_VOCAB, UNROLL
+from capo.kernels.rows import BLOCK, MAX_VOCAB
 
 MAX_SPLITS = 64
 
@@ -26,9 +26,10 @@ def on_device(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def neighbours(logits):
-    """How many columns of 16 bytes in all a thread loads at once."""
-    return 16 // logits.element_size()
+def sizes_of(logits):
+    """Columns that a program and that a thread load at once, and how many such loads are under way together: 32 KiB."""
+    size = logits.element_size()
+    return {"BLOCK": BLOCK, "UNROLL": 8 // size, "NEIGHBOURS": 16 // size}
 
 
 def rates_of(logits, temperature):
@@ -45,7 +46,7 @@ def _float32(x):
 
 def alignment(logits, grad):
     """What is known of the rows' addresses: whether loads and stores of 16 bytes fit them."""
-    width = neighbours(logits)
+    width = 16 // logits.element_size()
 
     def of(tensor):
         return width if tensor is not None and tensor.stride(0) % width == 0 else 1
@@ -56,7 +57,7 @@ def alignment(logits, grad):
 def splits_of(logits):
     """Among how many programs a row is divided, and columns for each: more than one where rows are few."""
     rows, vocab = logits.shape
-    chunk = BLOCK * UNROLL
+    chunk = BLOCK * sizes_of(logits)["UNROLL"]
     chunks = triton.cdiv(vocab, chunk)
     wanted = min(triton.cdiv(programs(logits.device), max(rows, 1)), chunks, MAX_SPLITS)
     per_split = triton.cdiv(chunks, max(wanted, 1))

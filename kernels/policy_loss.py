@@ -13,8 +13,8 @@ import triton.language as tl
 
 from capo import reference
 from capo.backends import checks_values
-from capo.kernels.launch import alignment, check_vocab, neighbours, on_device, rates_of, splits_of
-from capo.kernels.rows import BLOCK, UNROLL, WARPS, fill, read_row, write_gradient
+from capo.kernels.launch import alignment, check_vocab, on_device, rates_of, sizes_of, splits_of
+from capo.kernels.rows import WARPS, fill, read_row, write_gradient
 from capo.kernels.stats import row_stats
 from capo.kernels.tokens import log_ratio_of, token_terms
 
@@ -198,7 +198,7 @@ def terms_of_responses(
 def gradient_of_rows(
     logits_ptr, stride, grad_ptr, grad_stride, labels_ptr, weights_ptr, active_ptr, logprobs_ptr, stats_ptr, slope_ptr,
     vocab, span, splits, entropy_coef, scale, rate, rest, lowest, inverse, inverse_rest, ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
-    VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one of ``splits`` parts of a row, ``span`` columns each."""
     index = (tl.program_id(0) // splits).to(tl.int64)
@@ -312,8 +312,8 @@ def policy_loss(
         if rows and not sequence and splits == 1:
             loss_of_rows[(rows,)](
                 logits, logits.stride(0), grad, 0 if grad is None else grad.stride(0), labels, *per_token, weights, each,
-                logprobs, entropy, *out, vocab, *formula, *rates, **kind, **aligned, BLOCK=BLOCK, UNROLL=UNROLL,
-                NEIGHBOURS=neighbours(logits), num_warps=WARPS, enable_fp_fusion=False,
+                logprobs, entropy, *out, vocab, *formula, *rates, **kind, **aligned, **sizes_of(logits),
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
         elif rows:
             stats = new(rows, 4)
@@ -331,7 +331,7 @@ def policy_loss(
             if grad is not None:
                 gradient_of_rows[(rows * splits,)](
                     logits, logits.stride(0), grad, grad.stride(0), labels, weights, each, logprobs, stats, slope, vocab,
-                    span, splits, entropy_coef, scale, *rates, **aligned, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=WARPS,
+                    span, splits, entropy_coef, scale, *rates, **aligned, **sizes_of(logits), num_warps=WARPS,
                     enable_fp_fusion=False,
                 )  # fmt: skip
         metrics[(1,)](

@@ -10,14 +10,13 @@ import triton.language as tl
 
 from capo.kernels.numbers import expm1, log1p, not_finite
 
-# The integers stay below 2^63 up to this size of vocabulary: 2^20 columns, summed in at least 16s, of less than LIMIT each.
+# The integers stay below 2^63 up to this size of vocabulary: 2^20 columns, at least 8 in a sum, which is less than LIMIT.
 MAX_VOCAB = 2**20
-LIMIT = tl.constexpr(2.0**11)
+LIMIT = tl.constexpr(2.0**10)
 ONE = tl.constexpr(2.0**34)
 CENTRED_ONE = tl.constexpr(2.0**32)
 
 BLOCK = 4096  # columns at a time
-UNROLL = 4  # blocks whose loads are under way together
 WARPS = 16
 
 

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from capo.kernels.launch import alignment, neighbours, rates_of, splits_of
-from capo.kernels.rows import BLOCK, UNROLL, WARPS, finish, first_guess, largest, read_row, sums
+from capo.kernels.launch import alignment, rates_of, sizes_of, splits_of
+from capo.kernels.rows import WARPS, finish, first_guess, largest, read_row, sums
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def row_stats(logits, labels, live, logprobs, entropy, stats, temperature):
     rows, vocab = logits.shape
     rates = rates_of(logits, temperature)
     aligned = {name: value for name, value in alignment(logits, None).items() if name != "GRAD_ALIGN"}
-    sizes = {"BLOCK": BLOCK, "UNROLL": UNROLL, "NEIGHBOURS": neighbours(logits)}
+    sizes = sizes_of(logits)
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
     splits, span = splits_of(logits)
     source = logits, logits.stride(0), labels, live
