@@ -48,7 +48,9 @@ def why_not(backend: str, device_type: str) -> str | None:
         if device_type == "cuda":
             return "TRITON_INTERPRET=1 would run the kernels on the CPU" if interpreted else None
         if device_type == "cpu":
-            return None if interpreted else "Triton kernels run on a GPU; on the CPU only if TRITON_INTERPRET=1, for tests"
+            return (
+                None if interpreted else "Triton kernels run on a GPU; on the CPU only if TRITON_INTERPRET=1, for tests"
+            )
         return f"there are no Triton kernels for {device_type}"
     return None
 
@@ -57,7 +59,9 @@ def why_not(backend: str, device_type: str) -> str | None:
 def available(device_type: str) -> tuple[str, ...]:
     """Names of the backends that run on this kind of device, the preferred one first."""
     names = [name for name in BACKENDS if why_not(name, device_type) is None]
-    return tuple(sorted(names, key=lambda name: name == "triton" and device_type == "cpu"))  # interpreted: for tests only
+    return tuple(
+        sorted(names, key=lambda name: name == "triton" and device_type == "cpu")
+    )  # interpreted: for tests only
 
 
 def chosen(device_type: str) -> str:

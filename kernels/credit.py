@@ -8,10 +8,10 @@ are merged by their means and deviations, as sums of squares would cancel. What 
 import torch
 import triton
 import triton.language as tl
+from capo.kernels.launch import on_device
 
 from capo import reference
 from capo.backends import checks_values
-from capo.kernels.launch import on_device
 
 _VOTES = ("majority", "strict_majority", "intersection", "union", "average")
 _REWARDS = ("step", "step_suffix", "prefix", "flawed", "share")
@@ -26,9 +26,7 @@ FACTS = tl.constexpr(8)
 
 
 @triton.jit
-def step_weights(
-    votes_ptr, steps, inside, num_votes, VOTE: tl.constexpr, BLOCK: tl.constexpr, VOTES: tl.constexpr
-):
+def step_weights(votes_ptr, steps, inside, num_votes, VOTE: tl.constexpr, BLOCK: tl.constexpr, VOTES: tl.constexpr):
     """Weights of a block of steps from their votes; NaN for a vote that is none. float64"""
     n = tl.zeros([BLOCK], tl.int32)
     c = tl.zeros([BLOCK], tl.int32)
@@ -383,7 +381,7 @@ def advantages_of_tokens(
         end = last
         first_step = tl.load(cu_steps_ptr + response)
         last_step = tl.load(cu_steps_ptr + response + 1)
-        for back in range(0, last_step - first_step):
+        for back in range(last_step - first_step):
             step = last_step - 1 - back
             begin = tl.load(ends_ptr + step)
             write_run(advantages_ptr, begin, end, total, clamp, BLOCK)

@@ -7,10 +7,10 @@ import struct
 
 import torch
 import triton
-
-from capo.kernels.rows import BLOCK, MAX_VOCAB
+from capo.kernels.rows import BLOCK, MAX_VOCAB, THREADS
 
 MAX_SPLITS = 64
+LANES = 64 if torch.version.hip else 32  # of a warp
 
 
 def check_vocab(op, vocab):
@@ -27,9 +27,11 @@ def on_device(tensor):
 
 
 def sizes_of(logits):
-    """Columns that a program and that a thread load at once, and how many such loads are under way together: 32 KiB."""
+    """How a row is read: columns that a program and that a thread load at once, how many such loads are under way together
+    (32 KiB), warps."""
     size = logits.element_size()
-    return {"BLOCK": BLOCK, "UNROLL": 8 // size, "NEIGHBOURS": 16 // size}
+    sizes = {"BLOCK": BLOCK, "UNROLL": 8 // size, "NEIGHBOURS": 16 // size}
+    return {**sizes, "num_warps": THREADS // LANES, "enable_fp_fusion": False}
 
 
 def rates_of(logits, temperature):
@@ -45,7 +47,10 @@ def _float32(x):
 
 
 def alignment(logits, grad):
-    """What is known of the rows' addresses: whether loads and stores of 16 bytes fit them."""
+    """What is known of the rows' addresses and length: whether they are multiples of 16 bytes.
+
+    Kernels get the vocabulary in units of its alignment: so the compiler sees it, whatever the number.
+    """
     width = 16 // logits.element_size()
 
     def of(tensor):
@@ -55,16 +60,15 @@ def alignment(logits, grad):
 
 
 def splits_of(logits):
-    """Among how many programs a row is divided, and columns for each: more than one where rows are few."""
+    """Among how many programs a row is divided, and chunks of columns for each: more than one where rows are few."""
     rows, vocab = logits.shape
-    chunk = BLOCK * sizes_of(logits)["UNROLL"]
-    chunks = triton.cdiv(vocab, chunk)
+    chunks = triton.cdiv(vocab, BLOCK * sizes_of(logits)["UNROLL"])
     wanted = min(triton.cdiv(programs(logits.device), max(rows, 1)), chunks, MAX_SPLITS)
     per_split = triton.cdiv(chunks, max(wanted, 1))
-    return triton.cdiv(chunks, per_split), per_split * chunk
+    return triton.cdiv(chunks, per_split), per_split
 
 
 @functools.cache
 def programs(device):
-    """How many programs of WARPS the device runs at once; 1 on the CPU."""
+    """How many programs of so many THREADS the device runs at once; 1 on the CPU."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,11 +1,11 @@
 """logprobs: log-probabilities and entropies without gradient."""
 
 import torch
+from capo.kernels.launch import check_vocab, on_device
+from capo.kernels.stats import row_stats
 
 from capo import reference
 from capo.backends import checks_values
-from capo.kernels.launch import check_vocab, on_device
-from capo.kernels.stats import row_stats
 
 
 def logprobs(logits, labels, temperature, mask):

@@ -10,13 +10,13 @@ launched, so the whole can be captured in a CUDA graph.
 import torch
 import triton
 import triton.language as tl
+from capo.kernels.launch import alignment, check_vocab, on_device, rates_of, sizes_of, splits_of
+from capo.kernels.rows import fill, read_row, write_gradient
+from capo.kernels.stats import row_stats
+from capo.kernels.tokens import log_ratio_of, token_terms
 
 from capo import reference
 from capo.backends import checks_values
-from capo.kernels.launch import alignment, check_vocab, on_device, rates_of, sizes_of, splits_of
-from capo.kernels.rows import WARPS, fill, read_row, write_gradient
-from capo.kernels.stats import row_stats
-from capo.kernels.tokens import log_ratio_of, token_terms
 
 _KL = ("none", "k1", "k2", "k3")
 _TOKENS = 1024  # of a response, at a time
@@ -72,17 +72,17 @@ def scale_of(scale, active_ptr):
         return scale
 
 
-@triton.jit(do_not_specialize=["stride", "grad_stride", "vocab"])
+@triton.jit(do_not_specialize=["stride", "grad_stride", "units"])
 def loss_of_rows(
     logits_ptr, stride, grad_ptr, grad_stride, labels_ptr, advantages_ptr, old_ptr, ref_ptr, rollout_ptr, weights_ptr,
-    active_ptr, logprobs_ptr, entropy_ptr, loss_ptr, kl_ptr, clipped_ptr, vocab, ratio_low, ratio_high, clip_dual,
+    active_ptr, logprobs_ptr, entropy_ptr, loss_ptr, kl_ptr, clipped_ptr, units, ratio_low, ratio_high, clip_dual,
     kl_coef, entropy_coef, importance_cap, scale, rate, rest, lowest, inverse, inverse_rest, CISPO: tl.constexpr, KL: tl.constexpr,
     ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """All of one row whose ratio is its own: one read from memory, a second mostly from the cache, one write."""
     index = tl.program_id(0).to(tl.int64)
-    vocab = tl.multiple_of(vocab, VOCAB_ALIGN)
+    vocab = units * VOCAB_ALIGN
     weight = tl.load(weights_ptr + index)
     if weight == 0.0:
         tl.store(logprobs_ptr + index, 0.0)
@@ -94,9 +94,7 @@ def loss_of_rows(
         rates = (rate, rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         label = tl.load(labels_ptr + index)
-        logp, entropy, top, sum_, mean, at_label = read_row(
-            row, label, vocab, rates, BLOCK, UNROLL, NEIGHBOURS
-        )
+        logp, entropy, top, sum_, mean, at_label = read_row(row, label, vocab, rates, BLOCK, UNROLL, NEIGHBOURS)
         tl.store(logprobs_ptr + index, logp)
         tl.store(entropy_ptr + index, entropy)
         log_ratio = log_ratio_of(logp, old_ptr, index, True)
@@ -194,17 +192,17 @@ def terms_of_responses(
             tl.store(slope_ptr + index, slope + own, mask=live & (logp != -float("inf")))
 
 
-@triton.jit(do_not_specialize=["stride", "grad_stride", "vocab", "span", "splits"])
+@triton.jit(do_not_specialize=["stride", "grad_stride", "units", "chunks", "splits"])
 def gradient_of_rows(
     logits_ptr, stride, grad_ptr, grad_stride, labels_ptr, weights_ptr, active_ptr, logprobs_ptr, stats_ptr, slope_ptr,
-    vocab, span, splits, entropy_coef, scale, rate, rest, lowest, inverse, inverse_rest, ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
+    units, chunks, splits, entropy_coef, scale, rate, rest, lowest, inverse, inverse_rest, ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
     VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one of ``splits`` parts of a row, ``span`` columns each."""
+    """Gradient of one of ``splits`` parts of a row, ``chunks`` of columns each."""
     index = (tl.program_id(0) // splits).to(tl.int64)
-    vocab = tl.multiple_of(vocab, VOCAB_ALIGN)
-    first = (tl.program_id(0) % splits) * tl.multiple_of(span, BLOCK * UNROLL)
-    last = tl.minimum(first + span, vocab)
+    vocab = units * VOCAB_ALIGN
+    first = (tl.program_id(0) % splits) * chunks * (BLOCK * UNROLL)
+    last = tl.minimum(first + chunks * (BLOCK * UNROLL), vocab)
     weight = tl.load(weights_ptr + index)
     out = grad_ptr + tl.multiple_of(index * grad_stride, GRAD_ALIGN)
     if weight == 0.0:
@@ -298,7 +296,8 @@ def policy_loss(
     rates = rates_of(logits, temperature)
     per_token = advantages, old_logprobs, ref_logprobs, rollout_logprobs
     aligned = alignment(logits, grad)
-    splits, span = splits_of(logits)
+    units = vocab // aligned["VOCAB_ALIGN"]
+    splits, chunks = splits_of(logits)
     sequence = ratio != "token"
 
     with on_device(logits):
@@ -312,8 +311,7 @@ def policy_loss(
         if rows and not sequence and splits == 1:
             loss_of_rows[(rows,)](
                 logits, logits.stride(0), grad, 0 if grad is None else grad.stride(0), labels, *per_token, weights, each,
-                logprobs, entropy, *out, vocab, *formula, *rates, **kind, **aligned, **sizes_of(logits),
-                num_warps=WARPS, enable_fp_fusion=False,
+                logprobs, entropy, *out, units, *formula, *rates, **kind, **aligned, **sizes_of(logits),
             )  # fmt: skip
         elif rows:
             stats = new(rows, 4)
@@ -330,9 +328,8 @@ def policy_loss(
                 )
             if grad is not None:
                 gradient_of_rows[(rows * splits,)](
-                    logits, logits.stride(0), grad, grad.stride(0), labels, weights, each, logprobs, stats, slope, vocab,
-                    span, splits, entropy_coef, scale, *rates, **aligned, **sizes_of(logits), num_warps=WARPS,
-                    enable_fp_fusion=False,
+                    logits, logits.stride(0), grad, grad.stride(0), labels, weights, each, logprobs, stats, slope, units,
+                    chunks, splits, entropy_coef, scale, *rates, **aligned, **sizes_of(logits),
                 )  # fmt: skip
         metrics[(1,)](
             loss, clip_fraction, mean_kl, *out, weights, active, cu_seqlens, rows, responses, scale,

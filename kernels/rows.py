@@ -7,7 +7,6 @@ threads share a row, nor on how its memory is aligned.
 
 import triton
 import triton.language as tl
-
 from capo.kernels.numbers import expm1, log1p, not_finite
 
 # The integers stay below 2^63 up to this size of vocabulary: 2^20 columns, at least 8 in a sum, which is less than LIMIT.
@@ -17,7 +16,7 @@ ONE = tl.constexpr(2.0**34)
 CENTRED_ONE = tl.constexpr(2.0**32)
 
 BLOCK = 4096  # columns at a time
-WARPS = 16
+THREADS = 512
 
 
 @triton.jit
@@ -149,14 +148,12 @@ def read_row(
 def fill(out, first, last, value, BLOCK: tl.constexpr):
     """One value in the columns [first, last)."""
     columns = tl.arange(0, BLOCK)
-    block = tl.full([BLOCK], 0.0, tl.float32) + value
-    for start in range(first, last, BLOCK):
-        tl.store(
-            out + start + columns,
-            block.to(out.dtype.element_ty),
-            mask=start + columns < last,
-            eviction_policy="evict_first",
-        )
+    block = (tl.full([BLOCK], 0.0, tl.float32) + value).to(out.dtype.element_ty)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        tl.store(out + start + columns, block, eviction_policy="evict_first")
+    if whole < last:
+        tl.store(out + whole + columns, block, mask=whole + columns < last, eviction_policy="evict_first")
 
 
 @triton.jit

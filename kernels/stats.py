@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-
 from capo.kernels.launch import alignment, rates_of, sizes_of, splits_of
-from capo.kernels.rows import WARPS, finish, first_guess, largest, read_row, sums
+from capo.kernels.rows import finish, first_guess, largest, read_row, sums
 
 
 @triton.jit
@@ -20,14 +19,14 @@ def store_result(index, result, logprobs_ptr, entropy_ptr, stats_ptr):
         tl.store(stats_ptr + 4 * index + 3, at_label)
 
 
-@triton.jit(do_not_specialize=["stride", "vocab"])
+@triton.jit(do_not_specialize=["stride", "units"])
 def stats_of_rows(
-    logits_ptr, stride, labels_ptr, live_ptr, logprobs_ptr, entropy_ptr, stats_ptr, vocab, rate, rest, lowest, inverse, inverse_rest,
+    logits_ptr, stride, labels_ptr, live_ptr, logprobs_ptr, entropy_ptr, stats_ptr, units, rate, rest, lowest, inverse, inverse_rest,
     ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Results of one row: one read of it."""
     index = tl.program_id(0).to(tl.int64)
-    vocab = tl.multiple_of(vocab, VOCAB_ALIGN)
+    vocab = units * VOCAB_ALIGN
     live = True
     if live_ptr is not None:
         live = tl.load(live_ptr + index) != 0
@@ -42,15 +41,15 @@ def stats_of_rows(
         tl.store(entropy_ptr + index, 0.0)
 
 
-@triton.jit(do_not_specialize=["stride", "vocab", "span", "splits"])
+@triton.jit(do_not_specialize=["stride", "units", "chunks", "splits"])
 def sums_of_parts(
-    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, vocab, span, splits, rate, rest, lowest, inverse, inverse_rest,
+    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, units, chunks, splits, rate, rest, lowest, inverse, inverse_rest,
     ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one of ``splits`` parts of a row, ``span`` columns each. parts: int64 [rows, splits, 3]"""
+    """Sums of one of ``splits`` parts of a row, ``chunks`` of columns each. parts: int64 [rows, splits, 3]"""
     part = tl.program_id(0).to(tl.int64)
     index = part // splits
-    vocab = tl.multiple_of(vocab, VOCAB_ALIGN)
+    vocab = units * VOCAB_ALIGN
     live = True
     if live_ptr is not None:
         live = tl.load(live_ptr + index) != 0
@@ -60,23 +59,23 @@ def sums_of_parts(
         label = tl.load(labels_ptr + index)
         label = tl.where((label >= 0) & (label < vocab), label, 0)
         top, _ = first_guess(row, label, vocab, BLOCK)
-        first = (tl.program_id(0) % splits) * tl.multiple_of(span, BLOCK * UNROLL)
-        last = tl.minimum(first + span, vocab)
+        first = (tl.program_id(0) % splits) * chunks * (BLOCK * UNROLL)
+        last = tl.minimum(first + chunks * (BLOCK * UNROLL), vocab)
         total, centred, beyond = sums(row, first, last, top, rates, BLOCK, UNROLL, NEIGHBOURS)
         tl.store(parts_ptr + 3 * part, total)
         tl.store(parts_ptr + 3 * part + 1, centred)
         tl.store(parts_ptr + 3 * part + 2, beyond.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["stride", "vocab", "splits"])
+@triton.jit(do_not_specialize=["stride", "units", "splits"])
 def results_of_parts(
-    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, logprobs_ptr, entropy_ptr, stats_ptr, vocab, splits, rate, rest, lowest,
+    logits_ptr, stride, labels_ptr, live_ptr, parts_ptr, logprobs_ptr, entropy_ptr, stats_ptr, units, splits, rate, rest, lowest,
     inverse, inverse_rest, ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """Results of one row from the sums of its parts; the row is read again only if those do not fit."""
     index = tl.program_id(0).to(tl.int64)
-    vocab = tl.multiple_of(vocab, VOCAB_ALIGN)
+    vocab = units * VOCAB_ALIGN
     live = True
     if live_ptr is not None:
         live = tl.load(live_ptr + index) != 0
@@ -111,16 +110,16 @@ def row_stats(logits, labels, live, logprobs, entropy, stats, temperature):
     rates = rates_of(logits, temperature)
     aligned = {name: value for name, value in alignment(logits, None).items() if name != "GRAD_ALIGN"}
     sizes = sizes_of(logits)
-    options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    splits, span = splits_of(logits)
+    units = vocab // aligned["VOCAB_ALIGN"]
+    splits, chunks = splits_of(logits)
     source = logits, logits.stride(0), labels, live
     if splits == 1:
         stats_of_rows[(rows,)](
-            *source, logprobs, entropy, stats, vocab, *rates, **aligned, **sizes, **options
+            *source, logprobs, entropy, stats, units, *rates, **aligned, **sizes
         )  # fmt: skip
         return
     parts = torch.empty((rows, splits, 3), dtype=torch.int64, device=logits.device)
-    sums_of_parts[(rows * splits,)](*source, parts, vocab, span, splits, *rates, **aligned, **sizes, **options)
+    sums_of_parts[(rows * splits,)](*source, parts, units, chunks, splits, *rates, **aligned, **sizes)
     results_of_parts[(rows,)](
-        *source, parts, logprobs, entropy, stats, vocab, splits, *rates, **aligned, **sizes, PARTS=64, **options
+        *source, parts, logprobs, entropy, stats, units, splits, *rates, **aligned, **sizes, PARTS=64
     )

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from capo.kernels.numbers import expm1
 
 LOG_RATIO_LIMIT = tl.constexpr(20.0)

@@ -52,7 +52,12 @@ INTERPRETED = {
     "test_the_golden_vector_of_the_paper": 1,
     "test_step_weights": 1,
     "test_presets_by_hand": 1,
-    "test_every_rule_equals_the_reference": ("majority-capo", "average-grpo_process", "union-vppo", "intersection-papo"),
+    "test_every_rule_equals_the_reference": (
+        "majority-capo",
+        "average-grpo_process",
+        "union-vppo",
+        "intersection-papo",
+    ),
     "test_every_reward_with_every_normalisation": 1,
     "test_without_process_weight_steps_and_votes_have_no_influence_bit_for_bit": 1,
     "test_constant_groups_have_advantage_zero": 1,
