@@ -92,9 +92,10 @@ def pytest_collection_modifyitems(config, items):
         pytest.param(pair, id="-".join(pair), marks=[pytest.mark.gpu] if pair[0] == "cuda" else []) for pair in PAIRS
     ]
 )
-def device(request):
-    """Run the test on every device with every backend that runs there."""
+def device(request, monkeypatch):
+    """Run the test on every device with every backend that runs there; values are checked on each."""
     name, backend = request.param
+    monkeypatch.setenv("CAPO_CHECK", "1")
     with backends.use_backend(backend):
         yield torch.device(name)
 
