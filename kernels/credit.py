@@ -100,6 +100,7 @@ def facts_of_responses(
         is_flagged = inside & (weight >= 0.5)
         first_flagged = tl.minimum(first_flagged, tl.where(is_flagged, steps, last))
         num_flagged += is_flagged.to(tl.int32)
+    tl.debug_barrier()  # the weights are read again below, maybe by other threads
     fits = fits & (tl.max(wrong, 0) == 0)
     flagged = tl.min(first_flagged, 0)
     length = (last_token - first_token).to(tl.float64)
