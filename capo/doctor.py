@@ -15,6 +15,7 @@ from capo import backends
 EXTRAS = {
     "score": ("pyarrow", "tokenizers", "orjson"),
     "train": ("transformers", "safetensors", "matplotlib"),
+    "verify": ("math-verify",),
 }
 
 

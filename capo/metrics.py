@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from capo import critique
 from capo.checkpoint import write_text
 from capo.credit import Credit
 from capo.judges import JudgeReply
+from capo.verify import Verifier
 
 
 def outcome_metrics(outcomes: Tensor, group_size: int) -> dict[str, Any]:
@@ -49,6 +51,16 @@ def judge_metrics(credit: Credit, replies: Sequence[Sequence[JudgeReply]]) -> di
         "capo/critiques/invalid": states.count("invalid"),
         "capo/critiques/failed": states.count("failed"),
         "capo/judge_tokens_per_token": tokens / int(credit.cu_seqlens[-1]),
+    }
+
+
+def verifier_metrics(verifier: Verifier, counts: Counter[str], seconds: float) -> dict[str, Any]:
+    """What the verifier did since its counts and seconds were these: undecided answers by reason, and time."""
+    since = verifier.counts - counts
+    reasons = {name.split("/")[1]: number for name, number in since.items() if name.startswith("undecided/")}
+    return {
+        **{f"capo/undecided/{reason}": number for reason, number in sorted(reasons.items())},
+        "capo/time/verify": verifier.seconds - seconds,
     }
 
 

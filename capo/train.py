@@ -28,7 +28,7 @@ from capo.evaluate import accuracy, plot_curves, response_texts
 from capo.judges import Judge, JudgeRequest
 from capo.judges.scripted import ScriptedJudge
 from capo.learn import Batch, learn, response_logprobs
-from capo.metrics import MetricsLog, judge_metrics, outcome_metrics, read_metrics
+from capo.metrics import MetricsLog, judge_metrics, outcome_metrics, read_metrics, verifier_metrics
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
 from capo.rollout import Rollouts, sample
@@ -66,6 +66,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     Raises:
         UsageError: the run folder is in use, or does not fit the request.
         TrainingError: too many updates in a row with a loss or gradient that is NaN or Inf.
+        VerifierError: the verifier does not work.
         capo.checkpoint.CheckpointError: the checkpoint to resume from is damaged.
         OSError: a checkpoint cannot be written; earlier ones are intact.
     """
@@ -76,7 +77,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     try:
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
             rundir.check(config, resume)  # again, now that nobody else can write there
-            return _Run(config, resume, console, stop).train()
+            run = _Run(config, resume, console, stop)
+            with run.verifier:
+                return run.train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
 
@@ -99,6 +102,7 @@ class _Run:
             failed=config.judge.failed,
             seed=stream(config.seeds.rl, "judge"),
         )
+        self.verifier = Verifier(engine="plain")  # the task's answers are digits
         self.model = build_model(config.model, self.task, stream(config.seeds.warm_start, "weights"))
         self.model.to(_device(config.device))
         self.optimizer = torch.optim.AdamW(
@@ -118,7 +122,7 @@ class _Run:
                 stopping = self.stop.is_set()
                 last = stopping or update == config.updates
                 if last or update % config.eval_every == 0:
-                    metrics["eval/accuracy"] = state["accuracy"] = accuracy(self.model, self.task, self.held_out)
+                    metrics["eval/accuracy"] = state["accuracy"] = self._accuracy()
                 self.log.write({"step": update, **metrics})
                 if last or update % config.save_every == 0:
                     self._save()
@@ -134,6 +138,9 @@ class _Run:
         plot_curves({config.method: curve}, self.folder / "curve.png", "Learning curve")
         stopped = state["update"] < config.updates
         return Result(self.folder, state["update"], state["accuracy_before"], state["accuracy"], stopped)
+
+    def _accuracy(self) -> float:
+        return accuracy(self.model, self.task, self.held_out, self.verifier)
 
     def _start(self) -> bool:
         """Bring model, optimiser and log to where the loop begins; False if stopped by a signal."""
@@ -151,7 +158,7 @@ class _Run:
                 return False
             shutil.rmtree(start, ignore_errors=True)  # of a run that ended before its first checkpoint
             checkpoint.save(start, self.model, None, {})
-            self.state["accuracy_before"] = self.state["accuracy"] = accuracy(self.model, self.task, self.held_out)
+            self.state["accuracy_before"] = self.state["accuracy"] = self._accuracy()
         if config.loss.kl_coef > 0:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
             checkpoint.load(start, self.reference, None)
@@ -228,7 +235,8 @@ class _Run:
         problems = [problem for problem in problems for _ in range(config.group_size)]  # one per response
         sampled = time.perf_counter()
 
-        outcomes = verify(task, rollouts, problems)
+        verified = self.verifier.counts, self.verifier.seconds
+        outcomes = verify(self.verifier, task, rollouts, problems)
         steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
         texts = step_texts(rollouts.token_ids, steps, task.token_bytes)
         requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(problems, texts, strict=True)]
@@ -254,6 +262,7 @@ class _Run:
         metrics = {
             **outcome_metrics(outcomes, config.group_size),
             **judge_metrics(credit, replies),
+            **verifier_metrics(self.verifier, *verified),
             "entropy": entropy.mean().item(),
             "completions/mean_length": rollouts.cu_seqlens.diff().double().mean().item(),
             "completions/clipped_ratio": rollouts.truncated.double().mean().item(),
@@ -267,10 +276,10 @@ class _Run:
         return Batch(rollouts, advantages, old_logprobs, ref_logprobs), metrics
 
 
-def verify(task: ArithmeticTask, rollouts: Rollouts, problems: list[Problem]) -> Tensor:
+def verify(verifier: Verifier, task: ArithmeticTask, rollouts: Rollouts, problems: list[Problem]) -> Tensor:
     """Outcomes: 1 right, 0 wrong, NaN undecided. A truncated response is wrong: its answer may lack digits. [B]"""
     texts = response_texts(task, rollouts.token_ids, rollouts.cu_seqlens)
-    outcomes = Verifier().verify(texts, [problem.answer for problem in problems])
+    outcomes = verifier.verify(texts, [problem.answer for problem in problems])
     rewards = torch.tensor([outcome.reward for outcome in outcomes], device=rollouts.truncated.device)
     return torch.where(rollouts.truncated, Outcome.WRONG.reward, rewards)
 

@@ -5,6 +5,7 @@
 #include "cpu/credit.h"
 #include "cpu/policy_loss.h"
 #include "cpu/rows.h"
+#include "text/critique.h"
 #include "text/segment.h"
 
 namespace py = pybind11;
@@ -19,7 +20,61 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A Python string as UTF-8; halves of characters, which have none, as three bytes each. `owner` keeps it alive.
+std::string_view utf8(const py::handle text, py::object& owner) {
+  Py_ssize_t size = 0;
+  if (const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size)) return {data, static_cast<size_t>(size)};
+  PyErr_Clear();
+  owner = py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
+  if (!owner) throw py::error_already_set();
+  return {PyBytes_AS_STRING(owner.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(owner.ptr()))};
+}
+
+void read_votes(const py::list& said, const py::list& nonces, Address cu_said, Address cu_steps, int64_t num_responses,
+                int64_t max_reply, Address votes, int64_t num_votes, Address states) {
+  const int64_t* const firsts = pointer<const int64_t>(cu_said);
+  const int64_t* const steps = pointer<const int64_t>(cu_steps);
+  for (int64_t i = 0; i < num_responses; ++i) {
+    const int64_t num_steps = steps[i + 1] - steps[i];
+    for (int64_t place = firsts[i]; place < firsts[i + 1]; ++place) {
+      int8_t* const column = pointer<int8_t>(votes) + steps[i] * num_votes + (place - firsts[i]);
+      const py::handle reply = PyList_GET_ITEM(said.ptr(), place);
+      const py::handle nonce = PyList_GET_ITEM(nonces.ptr(), place);
+      if (PyUnicode_Check(reply.ptr())) {
+        py::object owner, nonce_owner;
+        const std::string_view suffix = nonce.is_none() ? std::string_view() : utf8(nonce, nonce_owner);
+        const Reason reason = read_reply(utf8(reply, owner), suffix, max_reply, num_steps, column, num_votes);
+        pointer<uint8_t>(states)[place] = static_cast<uint8_t>(reason);
+      } else if (PyList_Check(reply.ptr())) {
+        pointer<uint8_t>(states)[place] = 0;
+        for (int64_t step = 0; step < num_steps; ++step) column[step * num_votes] = 0;
+        for (const py::handle step : py::reinterpret_borrow<py::list>(reply))
+          column[PyLong_AsLongLong(step.ptr()) * num_votes] = 1;
+      }
+    }
+  }
+}
+
+// Integers below `limit` as int32 bytes; None if there is anything else in the list.
+py::object pack_ids(const py::list& ids, int64_t limit) {
+  const Py_ssize_t count = PyList_GET_SIZE(ids.ptr());
+  py::bytes packed(nullptr, static_cast<size_t>(count) * sizeof(int32_t));
+  auto* const out = reinterpret_cast<int32_t*>(PyBytes_AS_STRING(packed.ptr()));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const id = PyList_GET_ITEM(ids.ptr(), i);
+    int overflow = 0;
+    const int64_t value = PyLong_CheckExact(id) ? PyLong_AsLongLongAndOverflow(id, &overflow) : -1;
+    if (overflow != 0 || value < 0 || value >= limit) return py::none();
+    out[i] = static_cast<int32_t>(value);
+  }
+  return std::move(packed);
+}
+
 void bind_text(py::module_& m) {
+  m.def("read_votes", &read_votes, py::arg("said"), py::arg("nonces"), py::arg("cu_said"), py::arg("cu_steps"),
+        py::arg("num_responses"), py::arg("max_reply"), py::arg("votes"), py::arg("num_votes"), py::arg("states"),
+        "Replies and lists of flagged steps -> votes and states; the lists must fit.");
+  m.def("pack_ids", &pack_ids, py::arg("ids"), py::arg("limit"), "A list of token ids -> int32 bytes.");
   m.def(
       "token_flags",
       [](Address data, Address offsets, int64_t size, Address special, Address eos, Address flags) {

@@ -91,6 +91,13 @@ def test_the_golden_vector_of_the_paper(device):
         ([0], 0, 0, 0, 0, 0),
         ([-1], 0, 0, 0, 0, 0),
         ([], 0, 0, 0, 0, 0),
+        # more than a machine word of votes
+        ([1] * 8 + [0], 1, 1, 0, 1, 8 / 9),
+        ([0] * 8 + [1], 0, 0, 0, 1, 1 / 9),
+        ([-1] * 8 + [1], 1, 1, 1, 1, 1),
+        ([1] * 8 + [0] * 8, 1, 0, 0, 1, 0.5),
+        ([1] * 5 + [-1] * 7 + [0] * 5, 1, 0, 0, 1, 0.5),
+        ([1, 0, -1] * 100, 1, 0, 0, 1, 0.5),
     ],
 )
 def test_step_weights(votes, majority, strict, intersection, union, average, device):
@@ -288,6 +295,18 @@ def test_result_does_not_depend_on_the_order_of_votes_or_on_threads(device):
             assert torch.equal(moved(credit, device).advantages(), advantages)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_only_minus_one_nought_and_one_are_votes(device):
+    for vote in range(-128, 128):
+        votes = torch.zeros(4, 11, dtype=torch.int8)
+        votes[2, vote % 11] = vote
+        credit = moved(dataclasses.replace(golden(), votes=votes), device)
+        if vote in (-1, 0, 1):
+            credit.advantages()
+        else:
+            with pytest.raises(ValueError, match=f"got {vote} for step 2"):
+                credit.advantages()
 
 
 @pytest.mark.parametrize(

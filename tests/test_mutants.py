@@ -38,6 +38,7 @@ WEIGHTS, RULES = CREDIT + "test_step_weights", CREDIT + "test_every_rule_equals_
 PRODUCTS = CREDIT + "test_every_reward_with_every_normalisation"
 GOLDEN, CONSTANT = CREDIT + "test_the_golden_vector_of_the_paper", CREDIT + "test_constant_groups_have_advantage_zero"
 BAD_CREDIT = CREDIT + "test_bad_values_are_named"
+FOREIGN = CREDIT + "test_only_minus_one_nought_and_one_are_votes"
 
 
 class Mutant(NamedTuple):
@@ -233,11 +234,13 @@ VECTORS = [
 VOTES = [
     Mutant("a tie is no majority", WEIGHTS, "2 * c >= n", "2 * c > n"),
     Mutant("a tie is a strict majority", WEIGHTS, "2 * c > n", "2 * c >= n"),
-    Mutant("abstentions count as clear", WEIGHTS, "n += votes[k] >= 0", "n += 1"),
-    Mutant("abstentions count as flags", WEIGHTS, "c += votes[k] > 0", "c += votes[k] != 0"),
+    Mutant("abstentions count as clear", WEIGHTS, "count - static_cast<int64_t>(abstained_total)", "count"),
+    Mutant("abstentions count as flags", WEIGHTS, "word & kOnes & ~abstained", "word & kOnes"),
+    Mutant("votes of the ninth critique are lost", WEIGHTS, "k < count; k += 8", "k < 8; k += 8"),
     Mutant("intersection is union", WEIGHTS, "return c == n", "return c >= 1"),
     Mutant("union is intersection", WEIGHTS, "return c >= 1", "return c == n"),
-    Mutant("average over absent votes", WEIGHTS, "static_cast<double>(n);", "static_cast<double>(count);"),
+    Mutant("average over absent votes", WEIGHTS, "static_cast<double>(n);", "static_cast<double>(n + 1);"),
+    Mutant("numbers that are no votes", FOREIGN, "foreign |= word ^ (flagged | (abstained * 0xff));", ""),
     Mutant("a step without votes is flagged", WEIGHTS, "if (n == 0) return 0.0;", ""),
 ]
 
@@ -329,7 +332,6 @@ ADVANTAGES = [
     Mutant("shares of the wrong responses", RULES, "if (!right(i)) continue;", ""),
     Mutant("steps beyond their response", BAD_CREDIT, " || a.ends[s] > a.cu_seqlens[i + 1]", ""),
     Mutant("steps overlap", BAD_CREDIT, "a.starts[s] < token || ", ""),
-    Mutant("votes above 1", BAD_CREDIT, "low >= -1 && high <= 1", "low >= -1"),
 ]
 
 CALLS = [

@@ -11,6 +11,7 @@
 
 #include "common/checks.h"
 #include "common/parallel.h"
+#include "cpu/rows.h"
 
 namespace capo {
 namespace {
@@ -46,7 +47,7 @@ struct Moments {
 class Pass {
  public:
   explicit Pass(const CreditArgs& a)
-      : args(a), rule(a.rule), weights(a.steps), offset(a.responses), factor(a.responses) {}
+      : args(a), rule(a.rule), kernels(row_kernels()), weights(a.steps), offset(a.responses), factor(a.responses) {}
 
   // False if a vote is none.
   bool run() {
@@ -80,21 +81,19 @@ class Pass {
 
   const CreditArgs& args;
   const CreditRule& rule;
+  const RowKernels& kernels;
   std::vector<double> weights;         // of each step
   std::vector<double> offset, factor;  // of each response: advantage = (reward - offset) * factor
 
   // Weights of the steps of a response; false if a vote is none.
   bool weigh(int64_t i) {
-    int low = 0, high = 0;
+    bool foreign = false;
     for (int64_t s = args.cu_steps[i]; s < args.cu_steps[i + 1]; ++s) {
-      const int8_t* votes = args.votes + s * args.votes_per_step;
-      for (int64_t k = 0; k < args.votes_per_step; ++k) {
-        low = std::min<int>(low, votes[k]);
-        high = std::max<int>(high, votes[k]);
-      }
-      weights[s] = step_weight(votes, args.votes_per_step, rule.vote);
+      const VoteCount votes = count_votes(args.votes + s * args.votes_per_step, args.votes_per_step);
+      foreign |= votes.foreign;
+      weights[s] = step_weight(votes.n, votes.c, rule.vote);
     }
-    return low >= -1 && high <= 1;
+    return !foreign;
   }
 
   int64_t length(int64_t i) const { return args.cu_seqlens[i + 1] - args.cu_seqlens[i]; }
@@ -273,15 +272,18 @@ class Pass {
     }
   }
 
+  void fill(int64_t first, int64_t last, float advantage) const {
+    kernels.fill[static_cast<int>(Dtype::kFloat32)](args.advantages + first, last - first, advantage, false);
+  }
+
   void put(int64_t first, int64_t last, double advantage) const {
-    const double held = std::clamp(advantage, -rule.clamp, rule.clamp);
-    std::fill(args.advantages + first, args.advantages + last, static_cast<float>(held));
+    fill(first, last, static_cast<float>(std::clamp(advantage, -rule.clamp, rule.clamp)));
   }
 
   void write(int64_t i) const {
     const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
     if (factor[i] == 0.0) {
-      std::fill(args.advantages + first, args.advantages + last, 0.f);
+      fill(first, last, 0.f);
     } else if (rule.reward == Reward::kShare) {
       put(first, last, offset[i]);
     } else if (rule.reward == Reward::kStepSuffix) {
