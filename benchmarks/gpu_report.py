@@ -144,7 +144,7 @@ class Kernel:
 
     @property
     def programs(self) -> int:
-        """How many fit on a multiprocessor, by registers and warps."""
+        """How many fit on one of NVIDIA's multiprocessors, by registers and warps."""
         per_program = -(-self.registers // 8) * 8 * 32 * self.warps
         return min(REGISTERS // per_program, WARPS // self.warps)
 
@@ -215,7 +215,7 @@ def report(target: str, hot: bool = False) -> list[Kernel]:
     return kernels
 
 
-def table(kernels: list[Kernel]) -> str:
+def table(kernels: list[Kernel], nvidia: bool = True) -> str:
     lines = [
         "| case | kernel | registers | spilled bytes | programs on an SM | instructions per logit: sums, gradient |"
     ]
@@ -229,7 +229,8 @@ def table(kernels: list[Kernel]) -> str:
         sums = [f"{loop.instructions:.1f}" for loop in k.loops if not loop.writes][:1]
         gradient = [f"{loop.instructions:.1f}" for loop in k.loops if loop.writes][:1]
         work = ", ".join(sums + gradient)
-        lines.append(f"| {k.case} | `{k.name}` | {k.registers} | {k.spilled} | {k.programs} | {work} |")
+        programs = k.programs if nvidia else ""
+        lines.append(f"| {k.case} | `{k.name}` | {k.registers} | {k.spilled} | {programs} | {work} |")
     return "\n".join(lines)
 
 
@@ -281,7 +282,7 @@ def main() -> None:
         print(json.dumps({target: list(map(dataclasses.asdict, kernels)) for target, kernels in reports.items()}))
         return
     for target, kernels in reports.items():
-        print(f"\n### {target}, Triton {triton.__version__}\n\n{table(kernels)}")
+        print(f"\n### {target}, Triton {triton.__version__}\n\n{table(kernels, target.startswith('sm'))}")
         if target == "sm_90":
             print(f"\n### Predictions for an H200\n\n{predictions(kernels)}")
 
