@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from capo.backends import kernel
+from capo.backends import checks_values, kernel
 
 if TYPE_CHECKING:
     from capo.credit import Credit, CreditRule
@@ -489,7 +489,7 @@ def _row_mask(op: str, mask: Tensor | None, rows: Tensor) -> Tensor | None:
     _require(given.shape == (rows.shape[0],), lambda: f"{op}: mask must be [{rows.shape[0]}], got {_about(given)}")
     _require(given.device == rows.device, lambda: f"{op}: mask is on {given.device}, the rows on {rows.device}")
     if mask.dtype != torch.bool:
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and checks_values(mask.device.type):
             other = (mask != 0) & (mask != 1)
             if bool(other.any()):
                 row = int(other.nonzero()[0])
