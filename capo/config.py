@@ -91,6 +91,28 @@ class JudgeConfig(_Section):
         return self
 
 
+class RolloutConfig(_Section):
+    """Who samples responses, always from the full distribution."""
+
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="transformers: the policy itself; vllm: in process, on a copy of its weights",
+    )
+    chunks: int = Field(
+        default=1, ge=1, le=65536, description="parts of an update; one is judged while the next is sampled"
+    )
+    context: int | None = Field(
+        default=None, ge=2, le=10_000_000, description="tokens of prompt and response together; null: the model's limit"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of vLLM's copy of the weights; null: the policy's"
+    )
+    cache_gib: float = Field(default=1.0, gt=0, le=10_000, description="memory for vLLM's keys and values, GiB")
+    max_mismatch: float = Field(
+        default=0.5, gt=0, le=100, description="stop if log-probabilities of sampler and trainer differ by more, mean"
+    )
+
+
 class CreditConfig(_Section):
     """Changes to the method's CreditRule; null keeps what the method has."""
 
@@ -170,6 +192,7 @@ class TrainConfig(_Section):
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
     judge: JudgeConfig = JudgeConfig()
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
@@ -191,6 +214,8 @@ class TrainConfig(_Section):
             )
         if self.prompts % self.minibatches:
             raise ValueError(f"prompts={self.prompts} must be a multiple of minibatches={self.minibatches}")
+        if self.prompts % self.rollout.chunks:
+            raise ValueError(f"prompts={self.prompts} must be a multiple of rollout.chunks={self.rollout.chunks}")
         fields = set(re.findall(r"\{(.*?)\}", self.output)) - {"method"}
         if fields:
             raise ValueError(f"output={self.output!r}: only {{method}} is filled in, not {{{min(fields)}}}")
@@ -349,6 +374,9 @@ _SECRET = re.compile(
 )
 
 
+_TRUNCATING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
 def _unknown(key: str, model: type[BaseModel], prefix: str, source: str) -> typing.NoReturn:
     """Refuse an unknown key. The value is not shown: it may be a secret."""
     where = f"{source}: " if source else ""
@@ -356,6 +384,11 @@ def _unknown(key: str, model: type[BaseModel], prefix: str, source: str) -> typi
         raise UsageError(
             f"{where}{key} looks like a secret. Secrets do not belong into a configuration, which is saved with the "
             "run; put them into an environment variable"
+        )
+    if key.rpartition(".")[2] in _TRUNCATING:
+        raise UsageError(
+            f"{where}{key}: responses are sampled from the full distribution, which the loss takes ratios against; there is "
+            "only temperature"
         )
     local = {name: f"{prefix}{name}" for name in model.model_fields}
     everywhere = {dotted.rpartition(".")[2]: dotted for dotted in _all_keys(TrainConfig)}
