@@ -121,6 +121,72 @@ def score(
     raise typer.Exit(1 if result.bad_rows else 0)
 
 
+@app.command()
+def judge(
+    data: Annotated[Path, typer.Argument(help="Labelled responses, .jsonl, such as examples/judge/arithmetic.jsonl.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the section judge.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file as for capo train; its section judge is used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for judge.csv, judge.png and replies.jsonl.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many responses.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Responses per call of the judge.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the judge's sampling, and of its prompts.")] = 0,
+) -> None:
+    """Check a judge on responses whose wrong steps are known, before any training trusts it.
+
+    A line of DATA has a problem, its steps and a label, the number of the first wrong step or -1 (ProcessBench's form), or
+    wrong, the list of all wrong steps; a reference is optional. For example
+
+        capo judge examples/judge/arithmetic.jsonl num_votes=8 false_alarm=0.1 missed=0.2 --out checked
+
+        capo judge data.jsonl kind=openai openai.url=http://localhost:8000/v1 openai.model=qwen num_votes=8
+
+    shows precision, recall and first-error F1 for each number of votes and vote rule, what did not parse, how far votes
+    agree, tokens and time. docs/judges.md explains them. The scripted judge knows the labels and errs at the rates given.
+
+    Exit code: 0 done, 1 the judge failed, 2 the data or the settings are wrong.
+    """
+    from rich.console import Console
+
+    from capo.config import load_config
+
+    # The rest of the configuration is not used; method=grpo, so that any number of votes goes with it.
+    settings = load_config(
+        config, ["method=grpo", *(f"judge.{override.removeprefix('judge.')}" for override in overrides or [])]
+    ).judge
+    if settings.num_votes < 1:
+        raise UsageError("capo judge needs votes: num_votes must be at least 1")
+    if out is not None:
+        with _usage_errors(OSError):
+            out.mkdir(parents=True, exist_ok=True)
+
+    from capo.judges import JudgeError
+    from capo.judges.check import check, known_wrong, load, plot, table, write_csv, write_replies
+    from capo.judges.make import make_judge
+    from capo.progress import stage
+
+    labelled = load(data)[:limit]
+    engine = make_judge(settings, known_wrong(labelled), seed)
+    try:
+        with (
+            contextlib.closing(engine) if hasattr(engine, "close") else contextlib.nullcontext(),
+            stage(Console(stderr=True), "judging", len(labelled)) as show,
+        ):
+            report, replies = check(engine, labelled, settings.num_votes, batch=batch, on_batch=show)
+    except JudgeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(*table(report), sep="\n")
+    if out is not None:
+        with _usage_errors(OSError, ImportError):
+            write_csv(report, out / "judge.csv")
+            write_replies(labelled, replies, out / "replies.jsonl")
+            plot(report, out / "judge.png")
+        typer.echo(f"table, plot, replies: {out}")
+
+
 @contextlib.contextmanager
 def _usage_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Errors of these kinds, as `UsageError`."""

@@ -18,6 +18,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from capo.credit import CreditRule, Normalize, Vote
 from capo.errors import UsageError
+from capo.judges.address import check_url
 from capo.losses import Kl, LossRule, Objective, Ratio, Reduce
 
 MAX_FILE = 256 * 1024  # bytes; a configuration is a few kilobytes
@@ -25,6 +26,11 @@ MAX_DEPTH = 8  # of nested YAML collections
 MAX_NODES = 10_000
 
 Method = Literal["capo", "grpo", "dr_grpo", "rloo", "opo", "grpo_process", "vppo", "fapo", "papo"]
+
+
+_SECRET = re.compile(
+    r"(^|[_.-])(api_?key|key|secret|password|passwd|token|bearer|credentials?)($|[_.-])", re.IGNORECASE
+)
 
 
 class _Section(BaseModel):
@@ -72,22 +78,91 @@ class WarmStartConfig(_Section):
     )
 
 
-class JudgeConfig(_Section):
-    """Who names wrong steps. The scripted judge knows the truth and errs at given rates."""
+class OpenAIConfig(_Section):
+    """For kind: openai, a server that speaks OpenAI's chat completions."""
 
-    kind: Literal["scripted"] = Field(
-        default="scripted", description="scripted: an exact checker with noise, answering in text"
+    url: str | None = Field(default=None, description="of the API with /v1, such as http://localhost:8000/v1")
+    model: str | None = Field(default=None, min_length=1, description="as the server calls it")
+    api_key_env: str | None = Field(default=None, description="NAME of the environment variable with the key")
+    api_key_file: str | None = Field(default=None, min_length=1, description="file with the key")
+    concurrency: int = Field(default=64, ge=1, le=4096, description="requests in flight")
+    attempt_timeout: float = Field(default=120.0, gt=0, le=86400, description="seconds for one attempt")
+    deadline: float = Field(default=600.0, gt=0, le=86400, description="seconds for a request with its retries")
+    batch_deadline: float = Field(default=3600.0, gt=0, le=864_000, description="seconds for all of an update")
+    retries: int = Field(default=6, ge=0, le=100, description="further attempts after a fault that may pass")
+    max_wait: float = Field(default=60.0, gt=0, le=86400, description="seconds, longest wait before a retry")
+    max_failure_rate: float = Field(default=0.2, ge=0, le=1, description="more failed replies stop the run; 1: never")
+    cache: str | None = Field(default=None, min_length=1, description="folder that replies are kept in; null: none")
+    extra: str = Field(default="{}", description="JSON object, more fields of each request")
+    allow_http: bool = Field(default=False, description="plain http to other machines")
+    trust_env: bool = Field(default=False, description="use proxies from environment variables")
+
+    @model_validator(mode="after")
+    def _fits(self) -> OpenAIConfig:
+        # Here and not on the fields, whose errors show the value: it may be or hold a secret.
+        if self.url is not None:
+            check_url(self.url, self.allow_http)
+        if self.api_key_env is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env is the name of an environment variable; the key itself does not belong here")
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("api_key_env and api_key_file: name one of them")
+        extra = self.extra_fields()
+        if secret := next(filter(_SECRET.search, extra), None):
+            raise ValueError(f"extra: {secret} looks like a secret, which does not belong into a configuration")
+        return self
+
+    def extra_fields(self) -> dict[str, Any]:
+        """The further fields of each request."""
+        try:
+            extra = json.loads(self.extra)
+        except (ValueError, RecursionError):
+            extra = None
+        if not isinstance(extra, dict):
+            raise ValueError("extra must be a JSON object, such as '{\"top_k\": 20}'")
+        return extra
+
+
+class TransformersConfig(_Section):
+    """For kind: transformers, a model in this process."""
+
+    path: str | None = Field(default=None, min_length=1, description="folder or name of the model")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="cpu, cuda or cuda:1")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the weights")
+    batch: int = Field(default=64, ge=1, le=65536, description="replies generated at once")
+
+
+class JudgeConfig(_Section):
+    """Who names wrong steps, and how it is asked."""
+
+    kind: Literal["scripted", "openai", "transformers"] = Field(
+        default="scripted", description="scripted: an exact checker with noise, answering in text; openai; transformers"
     )
     num_votes: int = Field(default=5, ge=0, le=127, description="K, critiques per response; 0: the judge is not asked")
-    false_alarm: float = Field(default=0.2, ge=0, le=1, description="probability that a right step is flagged")
-    missed: float = Field(default=0.2, ge=0, le=1, description="probability that a wrong step is not flagged")
-    invalid: float = Field(default=0.0, ge=0, le=1, description="probability of a reply that does not parse")
-    failed: float = Field(default=0.0, ge=0, le=1, description="probability that no reply comes")
+    adaptive: bool = Field(default=True, description="leave out votes that can change no advantage")
+    trust: Literal["list", "verdict"] = Field(default="list", description="what counts if a list follows a Yes")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="of the judge's sampling")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="of the judge's sampling")
+    max_tokens: int = Field(default=1024, ge=1, le=1_000_000, description="longest reply; a longer one is invalid")
+    structured: bool = Field(default=False, description="ask for JSON instead of tags")
+    false_alarm: float = Field(
+        default=0.2, ge=0, le=1, description="scripted: probability that a right step is flagged"
+    )
+    missed: float = Field(default=0.2, ge=0, le=1, description="scripted: probability that a wrong one is not")
+    invalid: float = Field(default=0.0, ge=0, le=1, description="scripted: probability of a reply that does not parse")
+    failed: float = Field(default=0.0, ge=0, le=1, description="scripted: probability that no reply comes")
+    openai: OpenAIConfig = OpenAIConfig()
+    transformers: TransformersConfig = TransformersConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeConfig:
         if self.invalid + self.failed > 1:
             raise ValueError(f"invalid={self.invalid} and failed={self.failed} add up to more than 1")
+        missing = {
+            "openai": [name for name in ("url", "model") if getattr(self.openai, name) is None],
+            "transformers": ["path"] if self.transformers.path is None else [],
+        }.get(self.kind, [])
+        if missing:
+            raise ValueError(f"kind={self.kind} needs judge.{self.kind}.{missing[0]}")
         return self
 
 
@@ -367,11 +442,6 @@ def _check_keys(data: Mapping[Any, Any], model: type[BaseModel], source: str, pr
         section = _section(model.model_fields[key].annotation)
         if section and isinstance(value, dict):
             _check_keys(value, section, source, f"{prefix}{key}.")
-
-
-_SECRET = re.compile(
-    r"(^|[_.-])(api_?key|key|secret|password|passwd|token|bearer|credentials?)($|[_.-])", re.IGNORECASE
-)
 
 
 _TRUNCATING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

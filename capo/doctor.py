@@ -11,10 +11,12 @@ from rich.table import Table
 
 import capo
 from capo import backends
+from capo.judges.make import ENGINES
 
 EXTRAS = {
     "score": ("pyarrow", "tokenizers", "orjson"),
     "train": ("transformers", "safetensors", "matplotlib"),
+    "judge": ("httpx2", "anyio", "matplotlib"),
 }
 
 
@@ -36,6 +38,10 @@ def report(console: Console | None = None) -> None:
         state = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
         hint = f"; missing: {', '.join(missing)} (pip install 'capo[{extra}]')" if missing else ""
         console.print(f"{extra}: {state}{hint}", markup=False)
+    for engine, (packages, extra) in ENGINES.items():
+        missing = [name for name in packages if _version(name) is None]
+        state = f"not available: no {', '.join(missing)} (pip install 'capo[{extra}]')" if missing else "ready"
+        console.print(f"judge {engine}: {state}", markup=False)
 
 
 def _isa() -> str:

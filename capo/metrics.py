@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from capo import critique
 from capo.checkpoint import write_text
 from capo.credit import Credit
-from capo.judges import JudgeReply
+from capo.escape import neutralise
+from capo.judges import JudgeRequest
+from capo.judges.voting import Votes
 
 
 def outcome_metrics(outcomes: Tensor, groups: Tensor) -> dict[str, Any]:
@@ -40,22 +43,84 @@ def outcome_metrics(outcomes: Tensor, groups: Tensor) -> dict[str, Any]:
     }
 
 
-def judge_metrics(credit: Credit, replies: Sequence[Sequence[JudgeReply]]) -> dict[str, Any]:
-    """How the judge behaves: flag rates by outcome, agreement, faults, cost. Empty if it was not asked."""
-    flat = [reply for row in replies for reply in row]
+def judge_metrics(credit: Credit, votes: Votes) -> dict[str, Any]:
+    """How the judge behaves: flag rates by outcome, agreement, faults, cost. Empty if it was not asked.
+
+    Flag rates and agreement are over the votes that were asked for; where votes were left out (`capo.judges.voting`) those
+    are the contested steps more often than not.
+    """
+    flat = [reply for row in votes.replies for reply in row]
     if not flat:
         return {}
     outcomes = credit.outcomes.repeat_interleave(credit.steps.cu_steps.diff())  # [M]
     states = [reply.state for reply in flat]
     tokens = sum(reply.prompt_tokens + reply.completion_tokens for reply in flat)
+    all_votes = critique.agreement(credit.votes)
+    flagged = (credit.votes == 1).any(1)  # [M]
+    responses = torch.arange(len(credit.outcomes), device=flagged.device)
+    num_flagged = flagged.new_zeros(len(responses), dtype=torch.int64).index_add_(
+        0, responses.repeat_interleave(credit.steps.cu_steps.diff()), flagged.long()
+    )
+    num_steps = credit.steps.cu_steps.diff()
+    heard = torch.tensor([any(reply.state == "valid" for reply in row) for row in votes.replies]).to(flagged.device)
     return {
         "capo/flag_rate/right": critique.agreement(credit.votes[outcomes > 0]).flag_rate,
         "capo/flag_rate/wrong": critique.agreement(credit.votes[outcomes == 0]).flag_rate,
-        "capo/vote_agreement": critique.agreement(credit.votes).agreement,
+        "capo/vote_agreement": all_votes.agreement,
+        "capo/vote_kappa": all_votes.kappa,
+        "capo/critiques/valid": states.count("valid"),
         "capo/critiques/invalid": states.count("invalid"),
         "capo/critiques/failed": states.count("failed"),
-        "capo/judge_tokens_per_token": tokens / int(credit.cu_seqlens[-1]),
+        "capo/critiques/duplicates": sum(
+            critique.count_duplicates(reply.text for reply in row) for row in votes.replies
+        ),
+        "capo/critiques/left_out": 1 - votes.asked / votes.full,
+        "capo/judge_tokens_per_token": tokens / max(1, int(credit.cu_seqlens[-1])),
+        # Judge and verifier contradict each other: right with every step flagged, wrong with none.
+        "capo/conflict/right": int(
+            (heard & (credit.outcomes > 0) & (num_steps > 0) & (num_flagged == num_steps)).sum()
+        ),
+        "capo/conflict/wrong": int((heard & (credit.outcomes == 0) & (num_steps > 0) & (num_flagged == 0)).sum()),
     }
+
+
+def response_metrics(credit: Credit, requests: Sequence[JudgeRequest]) -> dict[str, Any]:
+    """What a policy changes when it learns to please the judge instead: how it cuts steps, and whether it writes markers."""
+    num_steps = credit.steps.cu_steps.diff()
+    marked = sum(any(neutralise(step) != step for step in request.steps) for request in requests)
+    return {
+        "capo/steps_per_response": num_steps.double().mean().item(),
+        "capo/tokens_per_step": int(credit.cu_seqlens[-1]) / max(1, int(num_steps.sum())),
+        "capo/single_step_responses": (num_steps <= 1).double().mean().item(),
+        "capo/marked_responses": marked / max(1, len(requests)),
+    }
+
+
+def alarms(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """By metric, words on what looks like a judge that is broken, or a policy that is fooling it."""
+    found: dict[str, str] = {}
+
+    def look(name: str, bad: bool, words: str) -> None:
+        if bad and metrics.get(name) is not None:
+            found[name] = f"{name} is {metrics[name]:.3g}: {words}"
+
+    def value(name: str) -> float:
+        return metrics.get(name) or 0.0
+
+    total = sum(value(f"capo/critiques/{state}") for state in ("valid", "invalid", "failed"))
+    look("capo/critiques/invalid", value("capo/critiques/invalid") > 0.2 * total, "more than a fifth does not parse")
+    look("capo/critiques/failed", value("capo/critiques/failed") > 0.1 * total, "more than a tenth of the calls failed")
+    look("capo/critiques/duplicates", value("capo/critiques/duplicates") > 0.5 * total, "votes repeat each other")
+    look("capo/flag_rate/wrong", value("capo/flag_rate/wrong") < 0.01, "hardly a step of wrong responses is flagged")
+    look("capo/flag_rate/right", value("capo/flag_rate/right") > 0.5, "most steps of right responses are flagged")
+    look("capo/vote_kappa", value("capo/vote_kappa") < 0.1, "votes agree hardly more than by chance")
+    look("capo/marked_responses", value("capo/marked_responses") > 0.01, "responses hold markers of the judge's prompt")
+    look(
+        "capo/single_step_responses",
+        value("capo/single_step_responses") > 0.9,
+        "responses are no longer cut into steps",
+    )
+    return found
 
 
 class MetricsLog:

@@ -27,10 +27,11 @@ from capo.credit import Credit
 from capo.data import DELIMITER, ArithmeticTask, Problem
 from capo.errors import UsageError
 from capo.evaluate import accuracy, plot_curves, response_texts
-from capo.judges import Judge, JudgeReply, JudgeRequest
-from capo.judges.scripted import ScriptedJudge
+from capo.judges import JudgeError, JudgeRequest
+from capo.judges.make import make_judge
+from capo.judges.voting import Votes, collect
 from capo.learn import Batch, learn, response_logprobs
-from capo.metrics import MetricsLog, judge_metrics, outcome_metrics, read_metrics
+from capo.metrics import MetricsLog, alarms, judge_metrics, outcome_metrics, read_metrics, response_metrics
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
 from capo.rollout import Engine, Rollouts, Sampling, TransformersEngine, mismatch
@@ -48,8 +49,8 @@ class Assessment(NamedTuple):
     """What verifier and judge say of some responses."""
 
     outcomes: Tensor  # [B]
-    texts: list[list[str]]  # of the steps of each response
-    replies: list[list[JudgeReply]]  # to each response
+    requests: list[JudgeRequest]  # each response, cut into steps
+    votes: Votes
     seconds: float
 
 
@@ -89,7 +90,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     try:
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
             rundir.check(config, resume)  # again, now that nobody else can write there
-            return _Run(config, resume, console, stop).train()
+            run = _Run(config, resume, console, stop)
+            with contextlib.closing(run.judge) if hasattr(run.judge, "close") else contextlib.nullcontext():
+                return run.train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
 
@@ -104,20 +107,14 @@ class _Run:
         self.task = ArithmeticTask(config.task, stream(config.seeds.data, "task"))
         held_out = torch.Generator().manual_seed(stream(config.seeds.data, "held out"))
         self.held_out = self.task.problems(config.task.held_out, held_out, held_out=True)
-        self.judge: Judge = ScriptedJudge(
-            self.task.check,
-            false_alarm=config.judge.false_alarm,
-            missed=config.judge.missed,
-            invalid=config.judge.invalid,
-            failed=config.judge.failed,
-            seed=stream(config.seeds.rl, "judge"),
-        )
+        self.judge = make_judge(config.judge, self.task.check, stream(config.seeds.rl, "judge"))
         self.model = build_model(config.model, self.task, stream(config.seeds.warm_start, "weights"))
         self.model.to(_device(config.device))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
         )
         self.reference: Any = None  # the warm-started model, where the loss has a KL term
+        self.warned: set[str] = set()
         self.state: dict[str, Any] = {"update": 0, "num_tokens": 0, "bad_in_row": 0, "bad_updates": 0}
 
     def train(self) -> Result:
@@ -131,12 +128,17 @@ class _Run:
         first = state["update"] + 1
         with stage(self.console, config.method, config.updates, done=first - 1) as show:
             for update in range(first, config.updates + 1):
-                metrics = self._update(update, engine)
+                try:
+                    metrics = self._update(update, engine)
+                except JudgeError as error:
+                    self._save()  # the weights are those of the update before
+                    raise TrainingError(f"{error}. The run is saved; go on with --resume") from None
                 stopping = self.stop.is_set()
                 last = stopping or update == config.updates
                 if last or update % config.eval_every == 0:
                     metrics["eval/accuracy"] = state["accuracy"] = accuracy(self.model, self.task, self.held_out)
                 self.log.write({"step": update, **metrics})
+                self._warn(update, metrics)
                 if last or update % config.save_every == 0:
                     self._save()
                 _show(show, update, metrics, state["accuracy"])
@@ -197,6 +199,13 @@ class _Run:
                 raise TrainingError(str(error)) from None
         return True
 
+    def _warn(self, update: int, metrics: dict[str, Any]) -> None:
+        """Say what looks wrong with the judge, each thing once."""
+        for name, words in alarms(metrics).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                print(f"warning: update {update}: {words}", file=self.console.file)
+
     def _save(self) -> None:
         path = checkpoint.checkpoint_path(self.checkpoints, self.state["update"])
         checkpoint.save(path, self.model, self.optimizer, self.state)
@@ -250,11 +259,13 @@ class _Run:
         judged = time.perf_counter()
         rollouts = Rollouts.concat(parts, [size] * len(parts))
         outcomes = torch.cat([part.outcomes for part in assessed])
-        texts = [row for part in assessed for row in part.texts]
-        replies = [row for part in assessed for row in part.replies]
+        requests = [request for part in assessed for request in part.requests]
+        votes = Votes.concat([part.votes for part in assessed])
         steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
         table = critique.vote_table(
-            [[reply.critique for reply in row] for row in replies], list(map(len, texts)), config.judge.num_votes
+            [[reply.critique for reply in row] for row in votes.replies],
+            [len(request.steps) for request in requests],
+            config.judge.num_votes,
         )
 
         credit = Credit(
@@ -273,7 +284,8 @@ class _Run:
         ref_logprobs = response_logprobs(self.reference, rollouts, config)[0] if self.reference is not None else None
         metrics = {
             **outcome_metrics(outcomes, rollouts.prompt_index),
-            **judge_metrics(credit, replies),
+            **judge_metrics(credit, votes),
+            **response_metrics(credit, requests),
             "entropy": entropy.mean().item(),
             "completions/mean_length": rollouts.cu_seqlens.diff().double().mean().item(),
             "completions/clipped_ratio": rollouts.truncated.double().mean().item(),
@@ -291,14 +303,22 @@ class _Run:
     def _assess(self, rollouts: Rollouts, problems: list[Problem]) -> Assessment:
         """Verify and judge some responses; runs beside the sampling of others."""
         began = time.perf_counter()
-        task, votes = self.task, self.config.judge.num_votes
+        task, config = self.task, self.config
         asked = [problems[index] for index in rollouts.prompt_index.tolist()]  # one per response
         outcomes = verify(task, rollouts, asked)
         steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
         texts = step_texts(rollouts.token_ids, steps, task.token_bytes)
         requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(asked, texts, strict=True)]
-        replies = self.judge.critique(requests, votes) if votes else [[] for _ in requests]
-        return Assessment(outcomes, texts, replies, time.perf_counter() - began)
+        votes = collect(
+            self.judge,
+            requests,
+            config.judge.num_votes,
+            config.credit_rule(),
+            outcomes.tolist(),
+            rollouts.prompt_index.tolist(),
+            adaptive=config.judge.adaptive,
+        )
+        return Assessment(outcomes, requests, votes, time.perf_counter() - began)
 
     def _check_mismatch(self, mean: float) -> None:
         limit = self.config.rollout.max_mismatch

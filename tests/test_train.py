@@ -261,7 +261,8 @@ def test_learning_rate_warms_up_and_stays(tmp_path):
 def test_penalty_of_zero_is_the_outcome_only_rule_bit_for_bit(tmp_path):
     """The judge runs, errs and fails, and its votes move nothing."""
     warm = ("warm_start.steps=60", "warm_start.learning_rate=1e-2", "warm_start.batch=32", "task.steps=1")
-    with_judge = run(small(tmp_path, *warm, "credit.process_weight=0", "judge.failed=0.1", name="votes"))
+    judged_all = ("credit.process_weight=0", "judge.failed=0.1", "judge.adaptive=false")
+    with_judge = run(small(tmp_path, *warm, *judged_all, name="votes"))
     without = run(
         small(
             tmp_path,
@@ -276,7 +277,7 @@ def test_penalty_of_zero_is_the_outcome_only_rule_bit_for_bit(tmp_path):
     (one, rows), (other, other_rows) = contents(with_judge), contents(without)
     assert same(one, other)
     assert any(row.get("grad_norm", 0) > 0 for row in rows)  # something was learnt
-    judged = re.compile("capo/(flag_rate|vote|critiques|judge)")
+    judged = re.compile("capo/(flag_rate|vote|critiques|judge|conflict)")
     assert any(judged.match(key) for key in rows[1])
     assert [{k: v for k, v in row.items() if not judged.match(k)} for row in rows] == other_rows
     # And a penalty does make a difference.

@@ -6,8 +6,6 @@ a judge is exercised as it would be by a model. Tokens are counted in words.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,29 +48,28 @@ class ScriptedJudge:
         if self.invalid + self.failed > 1:
             raise ValueError(f"ScriptedJudge: invalid {self.invalid} and failed {self.failed} add up to more than 1")
 
-    def critique(self, requests: Sequence[JudgeRequest], num_votes: int) -> list[list[JudgeReply]]:
+    def critique(self, requests: Sequence[JudgeRequest], num_votes: int, first: int = 0) -> list[list[JudgeReply]]:
         """``num_votes`` replies per request; raises ValueError if the checker's answer has not one bool per step."""
-        return [self._replies(request, num_votes) for request in requests]
+        return [self._replies(request, num_votes, first) for request in requests]
 
-    def _replies(self, request: JudgeRequest, num_votes: int) -> list[JudgeReply]:
+    def _replies(self, request: JudgeRequest, num_votes: int, first: int) -> list[JudgeReply]:
         wrong = self.checker(request)
         if len(wrong) != len(request.steps):
             raise ValueError(f"ScriptedJudge: the checker gave {len(wrong)} labels for {len(request.steps)} steps")
-        content = [self.seed, request.question, request.reference, *request.steps]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = request.fingerprint(self.seed)
         nonce = digest[:12]
         prompt = render(request.question, request.reference, request.steps, nonce)
         # All votes share the prompt, so it is paid for once.
         lengths = [len(prompt.split())] + [0] * (num_votes - 1)
         return [
             self._reply(wrong, nonce, length, Random(f"{digest}/{vote}"))
-            for vote, length in zip(range(num_votes), lengths, strict=False)
+            for vote, length in zip(range(first, first + num_votes), lengths, strict=False)
         ]
 
     def _reply(self, wrong: Sequence[bool], nonce: str, prompt_tokens: int, rng: Random) -> JudgeReply:
         fate = rng.random()
         if fate < self.failed:
-            return JudgeReply(text=None, critique=None, error="scripted failure", prompt_tokens=prompt_tokens)
+            return JudgeReply.failure("scripted failure")
         flips = [rng.random() < (self.missed if is_wrong else self.false_alarm) for is_wrong in wrong]
         flagged = [i for i, (is_wrong, flip) in enumerate(zip(wrong, flips, strict=True)) if bool(is_wrong) != flip]
         write = write_garbled if fate < self.failed + self.invalid else write_critique
