@@ -131,11 +131,22 @@ class TransformersConfig(_Section):
     batch: int = Field(default=64, ge=1, le=65536, description="replies generated at once")
 
 
+class VllmConfig(_Section):
+    """For kind: vllm, a model that vLLM runs in a process of its own."""
+
+    path: str | None = Field(default=None, min_length=1, description="folder or name of the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the weights")
+    context: int | None = Field(
+        default=None, ge=2, le=10_000_000, description="tokens of prompt and reply together; null: the model's limit"
+    )
+    cache_gib: float = Field(default=4.0, gt=0, le=10_000, description="memory for keys and values, GiB")
+
+
 class JudgeConfig(_Section):
     """Who names wrong steps, and how it is asked."""
 
-    kind: Literal["scripted", "openai", "transformers"] = Field(
-        default="scripted", description="scripted: an exact checker with noise, answering in text; openai; transformers"
+    kind: Literal["scripted", "openai", "transformers", "vllm"] = Field(
+        default="scripted", description="scripted: an exact checker with noise; openai; transformers; vllm"
     )
     num_votes: int = Field(default=5, ge=0, le=127, description="K, critiques per response; 0: the judge is not asked")
     adaptive: bool = Field(default=True, description="leave out votes that can change no advantage")
@@ -152,6 +163,7 @@ class JudgeConfig(_Section):
     failed: float = Field(default=0.0, ge=0, le=1, description="scripted: probability that no reply comes")
     openai: OpenAIConfig = OpenAIConfig()
     transformers: TransformersConfig = TransformersConfig()
+    vllm: VllmConfig = VllmConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeConfig:
@@ -160,6 +172,7 @@ class JudgeConfig(_Section):
         missing = {
             "openai": [name for name in ("url", "model") if getattr(self.openai, name) is None],
             "transformers": ["path"] if self.transformers.path is None else [],
+            "vllm": ["path"] if self.vllm.path is None else [],
         }.get(self.kind, [])
         if missing:
             raise ValueError(f"kind={self.kind} needs judge.{self.kind}.{missing[0]}")
