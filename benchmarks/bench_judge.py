@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx2
@@ -86,7 +86,7 @@ def timed(function):
 def overhead(requests, num_votes, rounds, concurrency, delay):
     """Rates of both clients, [(bare wall, bare cpu, judge wall, judge cpu)] of each round."""
     rows = []
-    with server(0, delay) as url, OpenAIJudge(url, "m", limits=Limits(concurrency=concurrency)) as judge:
+    with server(0, delay) as url, closing(OpenAIJudge(url, "m", limits=Limits(concurrency=concurrency))) as judge:
         bodies = [body_of(request, judge, num_votes) for request in requests]
         judge.critique(requests[:concurrency], num_votes)
         for _ in range(rounds):
@@ -103,7 +103,7 @@ def torture(requests, num_votes, share, concurrency):
     """Replies of all requests, under faults; raises AssertionError if one is lost, swapped or wrongly flagged."""
     limits = Limits(concurrency=concurrency, attempt_timeout=2, backoff=0.02, max_wait=1, deadline=60)
     states, memory = Counter(), []
-    with server(share, 0) as url, OpenAIJudge(url, "m", limits=limits, max_failure_rate=1) as judge:
+    with server(share, 0) as url, closing(OpenAIJudge(url, "m", limits=limits, max_failure_rate=1)) as judge:
         began = time.perf_counter()
         for first in range(0, len(requests), 1000):
             part = requests[first : first + 1000]

@@ -163,14 +163,14 @@ def judge(
 
     from capo.judges import JudgeError
     from capo.judges.check import check, known_wrong, load, plot, table, write_csv, write_replies
-    from capo.judges.make import make_judge
+    from capo.judges.make import closing, make_judge
     from capo.progress import stage
 
     labelled = load(data)[:limit]
     engine = make_judge(settings, known_wrong(labelled), seed)
     try:
         with (
-            contextlib.closing(engine) if hasattr(engine, "close") else contextlib.nullcontext(),
+            closing(engine),
             stage(Console(stderr=True), "judging", len(labelled)) as show,
         ):
             report, replies = check(engine, labelled, settings.num_votes, batch=batch, on_batch=show)

@@ -114,12 +114,9 @@ class OpenAIConfig(_Section):
     def extra_fields(self) -> dict[str, Any]:
         """The further fields of each request."""
         try:
-            extra = json.loads(self.extra)
-        except (ValueError, RecursionError):
-            extra = None
-        if not isinstance(extra, dict):
-            raise ValueError("extra must be a JSON object, such as '{\"top_k\": 20}'")
-        return extra
+            return dict[str, Any](json.loads(self.extra).items())
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError("extra must be a JSON object, such as '{\"top_k\": 20}'") from None
 
 
 class TransformersConfig(_Section):

@@ -28,7 +28,7 @@ from capo.data import DELIMITER, ArithmeticTask, Problem
 from capo.errors import UsageError
 from capo.evaluate import accuracy, plot_curves, response_texts
 from capo.judges import JudgeError, JudgeRequest
-from capo.judges.make import make_judge
+from capo.judges.make import closing, make_judge
 from capo.judges.voting import Votes, collect
 from capo.learn import Batch, learn, response_logprobs
 from capo.metrics import MetricsLog, alarms, judge_metrics, outcome_metrics, read_metrics, response_metrics
@@ -91,7 +91,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
             rundir.check(config, resume)  # again, now that nobody else can write there
             run = _Run(config, resume, console, stop)
-            with contextlib.closing(run.judge) if hasattr(run.judge, "close") else contextlib.nullcontext():
+            with closing(run.judge):
                 return run.train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None

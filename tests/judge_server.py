@@ -169,7 +169,7 @@ def _reply(kind, body, request_id):
     """Status, headers and content."""
     count = body.get("n", 1)
     status, headers, content = 200, {"Content-Type": "application/json", "X-Request-Id": request_id}, None
-    make = lambda **changes: completion(body, request_id, **changes)  # noqa: E731
+    make = lambda **changes: completion(body, request_id, **changes)
     later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=1)
     error = {"error": {"message": f"{kind}, says the server"}}
     match kind:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 from judge_server import FAULTS, FakeServer, often
@@ -21,9 +22,9 @@ from capo.critique import Critique
 from capo.judges import Fault, JudgeError, JudgeRequest
 
 pytest.importorskip("httpx2")
-from capo.judges.address import check_url, read_key  # noqa: E402
-from capo.judges.client import Limits, retry_after  # noqa: E402
-from capo.judges.openai import OpenAIJudge  # noqa: E402
+from capo.judges.address import check_url, read_key
+from capo.judges.client import Limits, retry_after
+from capo.judges.openai import OpenAIJudge
 
 QUICK = Limits(attempt_timeout=0.5, backoff=0.01, max_wait=0.05, retries=3, deadline=10)
 CANARY = "sk-canary-5eed5eed5eed5eed"
@@ -42,9 +43,13 @@ def truth(request):
 WRONG = JudgeRequest("question", None, ("right", "wrong", "right"))
 
 
-def judge_of(server, **options):
+def open_judge(server, **options):
     options = {"limits": QUICK, "max_failure_rate": 1.0, **options}
     return OpenAIJudge(server.url, "model", **options)
+
+
+def judge_of(server, **options):
+    return closing(open_judge(server, **options))
 
 
 def always(kind):
@@ -89,9 +94,11 @@ def test_seeds_and_prompts_depend_on_content_and_vote_and_on_nothing_else():
 def test_results_are_in_the_order_of_the_requests():
     requests = [make_request(n) for n in range(60)]
     rng = random.Random(0)
-    with FakeServer(lambda body, headers: "slow" if rng.random() < 0.2 else "healthy") as server:
-        with judge_of(server) as judge:
-            replies = judge.critique(requests, 2)
+    with (
+        FakeServer(lambda body, headers: "slow" if rng.random() < 0.2 else "healthy") as server,
+        judge_of(server) as judge,
+    ):
+        replies = judge.critique(requests, 2)
     assert [[reply.critique.flagged for reply in votes] for votes in replies] == [[truth(r)] * 2 for r in requests]
 
 
@@ -170,12 +177,14 @@ def test_a_fault_that_passes_leaves_no_trace_in_the_votes(kind):
 
 @pytest.mark.parametrize("kind, error", [("400", "http_400"), ("413", "http_413"), ("422", "http_422")])
 def test_a_request_that_is_refused_for_itself_fails_at_once_and_alone(kind, error):
-    with FakeServer(lambda body, headers: kind if "bad" in str(body["messages"]) else "healthy") as server:
-        with judge_of(server) as judge:
-            bad, good = judge.critique([JudgeRequest("bad", None, ("right",)), WRONG], 1)
-            assert (bad[0].state, bad[0].error) == ("failed", error)
-            assert good[0].state == "valid"
-            assert len(server.requests) == 2
+    with (
+        FakeServer(lambda body, headers: kind if "bad" in str(body["messages"]) else "healthy") as server,
+        judge_of(server) as judge,
+    ):
+        bad, good = judge.critique([JudgeRequest("bad", None, ("right",)), WRONG], 1)
+        assert (bad[0].state, bad[0].error) == ("failed", error)
+        assert good[0].state == "valid"
+        assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("kind", ["401", "403", "404", "redirect"])
@@ -205,7 +214,7 @@ def test_usage_may_be_missing():
 def test_nobody_listens():
     with FakeServer() as server:
         url = server.url
-    with OpenAIJudge(url, "m", limits=QUICK, max_failure_rate=1) as judge:
+    with closing(OpenAIJudge(url, "m", limits=QUICK, max_failure_rate=1)) as judge:
         [[reply]] = judge.critique([WRONG], 1)
         assert (reply.state, reply.error) == ("failed", "connection")
         assert judge.counts["attempts"] == 4
@@ -250,11 +259,13 @@ def test_the_deadline_of_a_request_holds_over_all_its_attempts(kind):
 def test_the_deadline_of_a_batch_fails_what_is_not_there():
     requests = [make_request(n) for n in range(6)]
     limits = dataclasses.replace(QUICK, attempt_timeout=30, deadline=30, batch_deadline=0.5)
-    with FakeServer(lambda body, headers: "stall" if "question 3" in str(body) else "healthy") as server:
-        with judge_of(server, limits=limits) as judge:
-            began = time.monotonic()
-            replies = judge.critique(requests, 2)
-            assert time.monotonic() - began < 2
+    with (
+        FakeServer(lambda body, headers: "stall" if "question 3" in str(body) else "healthy") as server,
+        judge_of(server, limits=limits) as judge,
+    ):
+        began = time.monotonic()
+        replies = judge.critique(requests, 2)
+        assert time.monotonic() - began < 2
     assert [votes[0].state for votes in replies] == ["valid"] * 3 + ["failed"] + ["valid"] * 2
     assert [reply.error for reply in replies[3]] == ["deadline"] * 2
 
@@ -281,9 +292,17 @@ def test_too_many_failures_stop_the_run_with_the_reasons():
         with pytest.raises(JudgeError, match=r"of the last 40 replies have failed.*max_failure_rate=0.3.*http_500"):
             judge.critique(requests, 2)
         assert len(server.requests) < 60
-    with always("500") as server, judge_of(server, limits=limits, max_failure_rate=0.3) as judge:
-        with pytest.raises(JudgeError, match="all 4 replies of a call have failed"):
-            judge.critique(requests[:2], 2)
+    with (
+        always("500") as server,
+        judge_of(server, limits=limits, max_failure_rate=0.3) as judge,
+        pytest.raises(JudgeError, match="4 of the 4 replies of a call have failed"),
+    ):
+        judge.critique(requests[:2], 2)
+    half = FakeServer(lambda body, headers: "500" if len(half.requests) % 2 else "healthy")
+    with half, judge_of(half, limits=limits, max_failure_rate=0.3) as judge:
+        judge.critique(requests[:4], 2)  # too few to tell
+        with pytest.raises(JudgeError, match="20 of the 40 replies of a call"):
+            judge.critique(requests[:20], 2)
 
 
 def test_structured_output_is_asked_for_and_read():
@@ -299,23 +318,27 @@ def test_structured_output_is_asked_for_and_read():
 
 @pytest.mark.parametrize("status", ["400", "422"])
 def test_structured_output_is_given_up_once_where_the_server_refuses_it(status):
-    with FakeServer(lambda body, headers: status if "response_format" in body else "healthy") as server:
-        with judge_of(server, structured=True, limits=dataclasses.replace(QUICK, concurrency=1)) as judge:
-            replies = judge.critique([make_request(n) for n in range(5)], 2)
-            assert all(reply.state == "valid" for votes in replies for reply in votes)
-            assert judge.counts["downgraded"] == 1
-            assert ["response_format" in body for body, _ in server.requests] == [True] + [False] * 5
-            judge.critique([WRONG], 1)
-            assert len(server.requests) == 7
+    with (
+        FakeServer(lambda body, headers: status if "response_format" in body else "healthy") as server,
+        judge_of(server, structured=True, limits=dataclasses.replace(QUICK, concurrency=1)) as judge,
+    ):
+        replies = judge.critique([make_request(n) for n in range(5)], 2)
+        assert all(reply.state == "valid" for votes in replies for reply in votes)
+        assert judge.counts["downgraded"] == 1
+        assert ["response_format" in body for body, _ in server.requests] == [True] + [False] * 5
+        judge.critique([WRONG], 1)
+        assert len(server.requests) == 7
 
 
 def test_a_request_refused_in_either_form_does_not_end_structured_output():
-    with FakeServer(lambda body, headers: "400" if "too long" in str(body) else "healthy") as server:
-        with judge_of(server, structured=True) as judge:
-            [[reply]] = judge.critique([JudgeRequest("too long", None, ("right",))], 1)
-            assert (reply.state, reply.error) == ("failed", "http_400")
-            judge.critique([WRONG], 1)
-            assert "response_format" in server.requests[-1][0] and "downgraded" not in judge.counts
+    with (
+        FakeServer(lambda body, headers: "400" if "too long" in str(body) else "healthy") as server,
+        judge_of(server, structured=True) as judge,
+    ):
+        [[reply]] = judge.critique([JudgeRequest("too long", None, ("right",))], 1)
+        assert (reply.state, reply.error) == ("failed", "http_400")
+        judge.critique([WRONG], 1)
+        assert "response_format" in server.requests[-1][0] and "downgraded" not in judge.counts
 
 
 def test_from_any_thread_and_from_a_running_event_loop():
@@ -333,8 +356,8 @@ def test_from_any_thread_and_from_a_running_event_loop():
 
 def test_an_interrupted_call_leaves_nothing_behind():
     with always("stall") as server:
-        judge = judge_of(server, limits=Limits())
-        judge_threads = lambda: [t for t in threading.enumerate() if t.name == "capo judge"]  # noqa: E731
+        judge = open_judge(server, limits=Limits())
+        judge_threads = lambda: [t for t in threading.enumerate() if t.name == "capo judge"]
 
         def interrupt():
             while not server.in_flight:
@@ -357,7 +380,7 @@ def test_an_interrupted_call_leaves_nothing_behind():
 
 def test_a_judge_that_is_forgotten_or_never_closed_ends_with_the_process():
     with FakeServer() as server:
-        judge = judge_of(server)
+        judge = open_judge(server)
         judge.critique([WRONG], 1)
         del judge
         gc.collect()
@@ -367,7 +390,7 @@ def test_a_judge_that_is_forgotten_or_never_closed_ends_with_the_process():
             f"judge = OpenAIJudge({server.url!r}, 'm')\n"
             "print(judge.critique([JudgeRequest('q', None, ('wrong',))], 1)[0][0].state)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "valid", "")
 
 
@@ -385,7 +408,7 @@ def test_the_key_appears_nowhere(kind, monkeypatch, caplog, capsys, tmp_path):
             writer.write(b"HTTP/1.1 401 No\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
 
     with Echo(lambda body, headers: kind) as server:
-        judge = judge_of(server, api_key_env="JUDGE_KEY", cache=tmp_path)
+        judge = open_judge(server, api_key_env="JUDGE_KEY", cache=tmp_path)
         shown = [repr(judge), str(vars(judge)["counts"])]
         try:
             shown.append(repr(judge.critique([WRONG], 1)))

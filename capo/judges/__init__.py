@@ -107,7 +107,7 @@ class JudgeReply:
             structured: the text is to be read by `capo.critique.parse_json`.
             prompt_tokens, completion_tokens, seconds: see `JudgeReply`.
         """
-        critique, error = None, fault and fault.value
+        critique, error = None, None if fault is None else fault.value
         if fault is None:
             try:
                 critique = (parse_json if structured else parse)(text, num_steps, nonce, trust=trust)

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from capo.credit import Vote
@@ -65,7 +64,7 @@ def load(path: str | Path) -> list[Labelled]:
                 if line.strip():
                     try:
                         found.append(_labelled(json.loads(line)))
-                    except (ValueError, RecursionError) as error:
+                    except (ValueError, TypeError, RecursionError) as error:
                         raise UsageError(f"{path}:{number}: {error}") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot read the labelled responses: {error.strerror}") from None
@@ -76,12 +75,12 @@ def load(path: str | Path) -> list[Labelled]:
 
 def _labelled(row: Any) -> Labelled:
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+        raise TypeError("not a JSON object")
     question = row.get("problem", row.get("question"))
     steps = row.get("steps")
     reference = next((row[name] for name in ("reference", "solution", "answer") if row.get(name) is not None), None)
     if not isinstance(question, str):
-        raise ValueError("needs a problem (or question), a string")
+        raise TypeError("needs a problem (or question), a string")
     if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
         raise ValueError("needs steps, a list of strings with at least one")
     if reference is not None and not isinstance(reference, str):

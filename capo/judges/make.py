@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from capo.config import JudgeConfig
@@ -10,7 +11,7 @@ from capo.errors import UsageError
 from capo.judges import Judge, JudgeError, JudgeRequest
 
 # What each engine imports, and the extra that brings it.
-ENGINES = {
+ENGINES: dict[str, tuple[tuple[str, ...], str]] = {
     "scripted": ((), ""),
     "openai": (("httpx2",), "judge"),
     "transformers": (("transformers", "safetensors"), "train"),
@@ -71,6 +72,16 @@ def make_judge(config: JudgeConfig, checker: Callable[[JudgeRequest], Sequence[b
     from capo.judges.scripted import ScriptedJudge
 
     return ScriptedJudge(checker, config.false_alarm, config.missed, config.invalid, config.failed, seed)
+
+
+@contextlib.contextmanager
+def closing(judge: Judge) -> Iterator[Judge]:
+    """Give the judge, and close it after the block if it holds connections."""
+    try:
+        yield judge
+    finally:
+        if (close := getattr(judge, "close", None)) is not None:
+            close()
 
 
 def _openai(config: JudgeConfig, common: dict[str, Any]) -> Judge:

@@ -26,6 +26,7 @@ from capo.judges.client import CallFailed, Client, Limits
 T = TypeVar("T")
 
 _RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "critique", "strict": True, "schema": SCHEMA}}
+_TELLING = 20  # a share of fewer replies says little
 _RESERVED = ("model", "messages", "n", "seed", "stream", "response_format")
 
 
@@ -48,8 +49,8 @@ class OpenAIJudge:
             same request without, all goes on in the text form, and ``counts["downgraded"]`` is 1.
         api_key_env, api_key_file: the name of an environment variable, or a file, with the key; None: no key.
         limits: times, retries, sizes.
-        max_failure_rate: if more than this share of the last ``failure_window`` replies has failed, or all of a call,
-            the judge raises; 1 never does.
+        max_failure_rate: if more than this share of the last ``failure_window`` replies has failed, or of a call of 20 or
+            more, or all of a smaller one, the judge raises; 1 never does.
         failure_window: replies.
         cache: a folder to keep replies in; None: nowhere.
         extra: more fields for the body of each request.
@@ -108,12 +109,6 @@ class OpenAIJudge:
     def __repr__(self) -> str:
         return f"OpenAIJudge({self.url!r}, {self.model!r})"
 
-    def __enter__(self) -> OpenAIJudge:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the connections and end the thread; a later call opens new ones."""
         with self._lock:
@@ -159,8 +154,10 @@ class OpenAIJudge:
             if missing := num_votes - len(replies):
                 replies.extend([JudgeReply.failure(Fault.DEADLINE.value)] * missing)
                 self._count(replies)
-        if self._max_failure_rate < 1 and all(reply.state == "failed" for replies in results for reply in replies):
-            raise self._outage(f"all {len(requests) * num_votes} replies of a call have failed")
+        failed = sum(reply.state == "failed" for replies in results for reply in replies)
+        total = len(requests) * num_votes
+        if failed > self._max_failure_rate * total and (total >= _TELLING or failed == total):
+            raise self._outage(f"{failed} of the {total} replies of a call have failed")
         return results
 
     async def _judge(
@@ -227,7 +224,7 @@ class OpenAIJudge:
                 num_steps,
                 nonce,
                 trust=self._trust,
-                fault=fault and Fault(fault),
+                fault=None if fault is None else Fault(fault),
                 structured=structured,
                 prompt_tokens=answer.prompt_tokens if index == 0 else 0,
                 completion_tokens=answer.completion_tokens * written // total
@@ -297,7 +294,7 @@ def _choice(choice: dict[str, Any]) -> tuple[str, str | None]:
         fault = Fault.FILTERED
     elif not isinstance(text, str):
         fault = Fault.NO_CONTENT
-    return text if isinstance(text, str) else "", fault and fault.value
+    return text if isinstance(text, str) else "", None if fault is None else fault.value
 
 
 def _tokens(count: Any) -> int:

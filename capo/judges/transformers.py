@@ -56,7 +56,7 @@ class TransformersJudge:
                 f"got {temperature!r}, {top_p!r}, {max_new_tokens!r}, {batch!r}"
             )
         self.model, self.tokenizer = model, tokenizer
-        self._sampling = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+        self._sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
         if temperature > 0:
             self._sampling.update(temperature=float(temperature), top_p=float(top_p), top_k=0)
         self._max_new_tokens, self._batch, self._seed = max_new_tokens, batch, seed
@@ -82,7 +82,7 @@ class TransformersJudge:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
         return cls(model.to(device).eval(), tokenizer, **options)

@@ -66,7 +66,7 @@ class VllmJudge:
             raise JudgeError(f"vLLM: {reason}")
         from transformers import AutoTokenizer, GenerationConfig
 
-        self.tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         self._chat = Chat(self.tokenizer, template)
         try:
             generation = GenerationConfig.from_pretrained(str(path))

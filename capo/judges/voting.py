@@ -214,8 +214,9 @@ def collect(
 
 def _copies(replies: list[JudgeReply], again: bool) -> list[JudgeReply]:
     """The replies; a second time without tokens and time, which were spent once."""
-    free = {"prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
-    return [dataclasses.replace(reply, **free) for reply in replies] if again else replies
+    if not again:
+        return replies
+    return [dataclasses.replace(reply, prompt_tokens=0, completion_tokens=0, seconds=0.0) for reply in replies]
 
 
 def _by_size(
