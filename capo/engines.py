@@ -29,7 +29,7 @@ def vllm_why_not() -> str | None:
     """Why vLLM cannot run here; None if it should. Imports nothing."""
     found = vllm_version()
     if found is None or importlib.util.find_spec("vllm") is None:
-        return "not installed (docs/rollout.md says how)"
+        return "not installed (for GPUs: pip install 'capo[vllm]'; for CPUs: docs/rollout.md)"
     build, version = found
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_VLLM:

