@@ -70,7 +70,8 @@ def undisturbed(environment: Mapping[str, str]) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        os.environ.clear()
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
         os.environ.update(before)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)

@@ -165,7 +165,7 @@ class Sampling:
         """Context and number of tokens for a model's configuration.
 
         Raises:
-            ValueError: the model has fewer of either.
+            ValueError: the model has fewer of either, or a response fills the context.
         """
         found = []
         for name, have in (("context", config.max_position_embeddings), ("num_tokens", config.vocab_size)):
@@ -173,6 +173,10 @@ class Sampling:
             if want is not None and want > have:
                 raise ValueError(f"Sampling: {name}={want}, but the model has {have}")
             found.append(have if want is None else want)
+        if self.max_new_tokens >= found[0]:
+            raise ValueError(
+                f"Sampling: max_new_tokens={self.max_new_tokens} leaves no room for a prompt in a context of {found[0]}"
+            )
         return found[0], found[1]
 
 

@@ -9,6 +9,7 @@ Dimension key: B responses of one update, N packed response tokens, M steps, K c
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import shutil
 import threading
@@ -253,7 +254,8 @@ class _Run:
                 seed = stream(config.seeds.rl, "sample", update, *([chunk] if chunk else []))
                 part = engine.sample([task.encode(problem.question) for problem in asked], config.group_size, seed)
                 parts.append(part)
-                pending.append(assessor.submit(self._assess, part, asked))
+                # In a copy of the context: the choice of a backend holds there, too.
+                pending.append(assessor.submit(contextvars.copy_context().run, self._assess, part, asked))
             sampled = time.perf_counter()
             assessed = [future.result() for future in pending]
         judged = time.perf_counter()

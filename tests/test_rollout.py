@@ -265,6 +265,12 @@ def test_sampling_must_fit_the_model(model, name):
         TransformersEngine(model, Sampling(12, TASK.eos_id, **{name: 1000}))
 
 
+def test_a_context_must_have_room_for_a_prompt(model):
+    with pytest.raises(ValueError, match="max_new_tokens=12 leaves no room for a prompt in a context of 12"):
+        TransformersEngine(model, Sampling(12, TASK.eos_id, context=12))
+    TransformersEngine(model, Sampling(12, TASK.eos_id, context=13))
+
+
 class Script:
     """Responses by prompt, for `capo.evaluate.sample`."""
 

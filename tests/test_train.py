@@ -712,6 +712,15 @@ def test_judging_beside_sampling_gives_what_one_after_the_other_gives(tmp_path, 
     assert same(beside[0], after[0]) and beside[1] == after[1]
 
 
+def test_the_choice_of_a_backend_holds_beside_sampling(tmp_path, monkeypatch):
+    seen = []
+    segment = capo.train.segment
+    monkeypatch.setattr(capo.train, "segment", lambda *args: seen.append(capo.backends._choice.get()) or segment(*args))
+    with capo.use_backend("torch"):
+        run(small(tmp_path, "updates=1", "rollout.chunks=2"))
+    assert seen == ["torch"] * 3
+
+
 def test_one_chunk_is_judged_while_the_next_is_sampled(tmp_path, monkeypatch):
     judging, sampling = threading.Event(), threading.Event()
     calls = []
