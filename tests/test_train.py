@@ -23,6 +23,7 @@ from capo import checkpoint, cli, rundir
 from capo.config import load_config
 from capo.data import ArithmeticTask
 from capo.errors import UsageError
+from capo.judges.scripted import ScriptedJudge
 from capo.learn import Batch, accumulate, learn, minibatches, response_logprobs
 from capo.metrics import MetricsLog, outcome_metrics, read_metrics
 from capo.models import build_model, stream, warm_start
@@ -725,11 +726,11 @@ def test_one_chunk_is_judged_while_the_next_is_sampled(tmp_path, monkeypatch):
     judging, sampling = threading.Event(), threading.Event()
     calls = []
 
-    class Slow(capo.train.ScriptedJudge):
-        def critique(self, requests, num_votes):
+    class Slow(ScriptedJudge):
+        def critique(self, requests, num_votes, first=0):
             judging.set()
             assert sampling.wait(20)
-            return super().critique(requests, num_votes)
+            return super().critique(requests, num_votes, first)
 
     def change(rollouts):
         calls.append(len(rollouts.truncated))
@@ -738,7 +739,7 @@ def test_one_chunk_is_judged_while_the_next_is_sampled(tmp_path, monkeypatch):
             sampling.set()
         return rollouts
 
-    monkeypatch.setattr(capo.train, "ScriptedJudge", Slow)
+    monkeypatch.setattr("capo.judges.scripted.ScriptedJudge", Slow)
     Changed(change, monkeypatch)
     run(small(tmp_path, "updates=1", "rollout.chunks=2"))
     assert calls == [8, 8]
