@@ -19,7 +19,7 @@ FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train compare test lint format bench mutants clean
+.PHONY: help train compare test lint format bench vllm mutants clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ format: $(VENV)/.develop ## rewrite Python and C++ files in the project's format
 bench: $(VENV)/.develop ## the benchmarks
 	$(RUN) benchmarks/run.py
 
+vllm: $(VENV)/.vllm ## rollouts, judge, server and a training with vLLM's build for CPUs, which is 2 GB to install
+	$(VENV)/bin/pytest -m vllm $(PYTEST_ARGS)
+
 mutants: $(VENV)/.develop ## plant faults in the kernels and see that tests notice each
 	$(VENV)/bin/pytest -m mutants tests/test_mutants.py $(PYTEST_ARGS)
 
@@ -64,6 +67,10 @@ $(VENV)/.torch: $(VENV)/pyvenv.cfg
 
 $(VENV)/.train: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) -e '.[train]'
+	@touch $@
+
+$(VENV)/.vllm: $(VENV)/.develop .ci/vllm
+	.ci/vllm $(RUN)
 	@touch $@
 
 # dashscope and llama-models are here for the tokenizer files in them: their own dependencies are not wanted.

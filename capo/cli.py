@@ -229,13 +229,14 @@ def train(
         return
     try:
         from capo.checkpoint import CheckpointError
+        from capo.rollout import RolloutError
         from capo.train import TrainingError
         from capo.train import train as run
     except ModuleNotFoundError as error:
         raise UsageError(f"capo train needs {error.name}: pip install 'capo[train]'") from None
     try:
         result = run(settings, resume=resume)
-    except (CheckpointError, TrainingError, VerifierError, OSError) as error:
+    except (CheckpointError, RolloutError, TrainingError, VerifierError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     if result.before is None:

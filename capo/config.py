@@ -128,11 +128,22 @@ class TransformersConfig(_Section):
     batch: int = Field(default=64, ge=1, le=65536, description="replies generated at once")
 
 
+class VllmConfig(_Section):
+    """For kind: vllm, a model that vLLM runs in a process of its own."""
+
+    path: str | None = Field(default=None, min_length=1, description="folder or name of the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="of the weights")
+    context: int | None = Field(
+        default=None, ge=2, le=10_000_000, description="tokens of prompt and reply together; null: the model's limit"
+    )
+    cache_gib: float = Field(default=4.0, gt=0, le=10_000, description="memory for keys and values, GiB")
+
+
 class JudgeConfig(_Section):
     """Who names wrong steps, and how it is asked."""
 
-    kind: Literal["scripted", "openai", "transformers"] = Field(
-        default="scripted", description="scripted: an exact checker with noise, answering in text; openai; transformers"
+    kind: Literal["scripted", "openai", "transformers", "vllm"] = Field(
+        default="scripted", description="scripted: an exact checker with noise; openai; transformers; vllm"
     )
     num_votes: int = Field(default=5, ge=0, le=127, description="K, critiques per response; 0: the judge is not asked")
     adaptive: bool = Field(default=True, description="leave out votes that can change no advantage")
@@ -149,6 +160,7 @@ class JudgeConfig(_Section):
     failed: float = Field(default=0.0, ge=0, le=1, description="scripted: probability that no reply comes")
     openai: OpenAIConfig = OpenAIConfig()
     transformers: TransformersConfig = TransformersConfig()
+    vllm: VllmConfig = VllmConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeConfig:
@@ -157,10 +169,33 @@ class JudgeConfig(_Section):
         missing = {
             "openai": [name for name in ("url", "model") if getattr(self.openai, name) is None],
             "transformers": ["path"] if self.transformers.path is None else [],
+            "vllm": ["path"] if self.vllm.path is None else [],
         }.get(self.kind, [])
         if missing:
             raise ValueError(f"kind={self.kind} needs judge.{self.kind}.{missing[0]}")
         return self
+
+
+class RolloutConfig(_Section):
+    """Who samples responses, always from the full distribution."""
+
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="transformers: the policy itself; vllm: in process, on a copy of its weights",
+    )
+    chunks: int = Field(
+        default=1, ge=1, le=65536, description="parts of an update; one is judged while the next is sampled"
+    )
+    context: int | None = Field(
+        default=None, ge=2, le=10_000_000, description="tokens of prompt and response together; null: the model's limit"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of vLLM's copy of the weights; null: the policy's"
+    )
+    cache_gib: float = Field(default=1.0, gt=0, le=10_000, description="memory for vLLM's keys and values, GiB")
+    max_mismatch: float = Field(
+        default=0.5, gt=0, le=100, description="stop if log-probabilities of sampler and trainer differ by more, mean"
+    )
 
 
 class CreditConfig(_Section):
@@ -242,6 +277,7 @@ class TrainConfig(_Section):
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
     judge: JudgeConfig = JudgeConfig()
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
@@ -263,6 +299,8 @@ class TrainConfig(_Section):
             )
         if self.prompts % self.minibatches:
             raise ValueError(f"prompts={self.prompts} must be a multiple of minibatches={self.minibatches}")
+        if self.prompts % self.rollout.chunks:
+            raise ValueError(f"prompts={self.prompts} must be a multiple of rollout.chunks={self.rollout.chunks}")
         fields = set(re.findall(r"\{(.*?)\}", self.output)) - {"method"}
         if fields:
             raise ValueError(f"output={self.output!r}: only {{method}} is filled in, not {{{min(fields)}}}")
@@ -416,6 +454,9 @@ def _check_keys(data: Mapping[Any, Any], model: type[BaseModel], source: str, pr
             _check_keys(value, section, source, f"{prefix}{key}.")
 
 
+_TRUNCATING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
 def _unknown(key: str, model: type[BaseModel], prefix: str, source: str) -> typing.NoReturn:
     """Refuse an unknown key. The value is not shown: it may be a secret."""
     where = f"{source}: " if source else ""
@@ -423,6 +464,11 @@ def _unknown(key: str, model: type[BaseModel], prefix: str, source: str) -> typi
         raise UsageError(
             f"{where}{key} looks like a secret. Secrets do not belong into a configuration, which is saved with the "
             "run; put them into an environment variable"
+        )
+    if key.rpartition(".")[2] in _TRUNCATING:
+        raise UsageError(
+            f"{where}{key}: responses are sampled from the full distribution, which the loss takes ratios against; there is "
+            "only temperature"
         )
     local = {name: f"{prefix}{name}" for name in model.model_fields}
     everywhere = {dotted.rpartition(".")[2]: dotted for dotted in _all_keys(TrainConfig)}

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import capo
 from capo import backends
+from capo.engines import vllm_version, vllm_why_not
 from capo.judges.make import ENGINES
 
 EXTRAS = {
@@ -39,10 +40,22 @@ def report(console: Console | None = None) -> None:
         state = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
         hint = f"; missing: {', '.join(missing)} (pip install 'capo[{extra}]')" if missing else ""
         console.print(f"{extra}: {state}{hint}", markup=False)
-    for engine, (needed, extra) in ENGINES.items():
-        missing = [name for name in needed if _version(name) is None]
-        state = f"not available: no {', '.join(missing)} (pip install 'capo[{extra}]')" if missing else "ready"
-        console.print(f"judge {engine}: {state}", markup=False)
+    for engine in ("transformers", "vllm"):
+        console.print(f"rollout {engine}: {_engine_state(engine)}", markup=False)
+    for engine in ENGINES:
+        console.print(f"judge {engine}: {_engine_state(engine)}", markup=False)
+
+
+def _engine_state(engine: str) -> str:
+    """Whether an engine of rollouts or judges can run, in which version, and why not."""
+    packages, extra = ENGINES[engine]
+    missing = [name for name in packages if _version(name) is None]
+    if missing:
+        return f"not available: no {', '.join(missing)} (pip install 'capo[{extra}]')"
+    if engine != "vllm":
+        return f"ready ({packages[0]} {_version(packages[0])})" if packages else "ready"
+    reason, found = vllm_why_not(), vllm_version()
+    return f"not available: {reason}" if reason or not found else f"ready ({' '.join(found)})"
 
 
 def _isa() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,11 +51,9 @@ def learn(
     Returns:
         Metrics, and whether all was finite.
     """
-    rows = torch.arange(len(batch.rollouts.truncated), device=batch.advantages.device)
-    size = len(rows) // config.minibatches
     sums: dict[str, list[float]] = {"loss": [], "clip_ratio/region_mean": [], "kl": [], "grad_norm": []}
     idle, finite = 0, True
-    for minibatch in rows.split(size) * config.epochs:
+    for minibatch in minibatches(batch.rollouts.prompt_index, config) * config.epochs:
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate(model, batch, minibatch, config)
         if metrics is None:
@@ -72,6 +71,19 @@ def learn(
     if batch.ref_logprobs is None:
         means["kl"] = None
     return {**means, "capo/idle_minibatches": idle}, finite
+
+
+def minibatches(prompt_index: Tensor, config: TrainConfig) -> list[Tensor]:
+    """The responses of each minibatch, which has the same share of the prompts, whatever responses there are to them.
+
+    Args:
+        prompt_index: [B] int64, ascending.
+        config: numbers of prompts and minibatches.
+    """
+    rows = torch.arange(len(prompt_index), device=prompt_index.device)
+    first = torch.arange(0, config.prompts + 1, config.prompts // config.minibatches, device=prompt_index.device)
+    cuts = torch.searchsorted(prompt_index, first).tolist()
+    return [rows[start:end] for start, end in pairwise(cuts)]
 
 
 def accumulate(model: Any, batch: Batch, rows: Tensor, config: TrainConfig) -> dict[str, float] | None:

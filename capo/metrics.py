@@ -26,11 +26,17 @@ from capo.judges.voting import Votes
 from capo.verify import Verifier
 
 
-def outcome_metrics(outcomes: Tensor, group_size: int) -> dict[str, Any]:
-    """Reward statistics as TRL names them, over decided outcomes; None where there is none."""
+def outcome_metrics(outcomes: Tensor, groups: Tensor) -> dict[str, Any]:
+    """Reward statistics as TRL names them, over decided outcomes; None where there is none.
+
+    Args:
+        outcomes: [B], NaN for undecided ones.
+        groups: [B] int64, the group of each response, ascending.
+    """
     decided = outcomes[~outcomes.isnan()]
-    groups = [group[~group.isnan()].double() for group in outcomes.split(group_size)]
-    stds = [group.std().item() for group in groups if len(group) > 1]
+    sizes = groups.unique_consecutive(return_counts=True)[1].tolist()
+    parts = [part[~part.isnan()].double() for part in outcomes.split(sizes)]
+    stds = [part.std().item() for part in parts if len(part) > 1]
     return {
         "reward": decided.double().mean().item() if len(decided) else None,
         "reward_std": sum(stds) / len(stds) if stds else None,

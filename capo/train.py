@@ -8,10 +8,13 @@ Dimension key: B responses of one update, N packed response tokens, M steps, K c
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,7 @@ from capo.errors import UsageError
 from capo.evaluate import accuracy, plot_curves, response_texts
 from capo.judges import JudgeError, JudgeRequest
 from capo.judges.make import closing, make_judge
-from capo.judges.voting import collect
+from capo.judges.voting import Votes, collect
 from capo.learn import Batch, learn, response_logprobs
 from capo.metrics import (
     MetricsLog,
@@ -40,7 +43,7 @@ from capo.metrics import (
 )
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
-from capo.rollout import Rollouts, sample
+from capo.rollout import Engine, Rollouts, Sampling, TransformersEngine, mismatch
 from capo.steps import segment, step_texts
 from capo.verify import Outcome, Verifier
 
@@ -49,6 +52,15 @@ BETAS = (0.9, 0.95)  # of AdamW
 
 class TrainingError(Exception):
     """Training cannot go on."""
+
+
+class Assessment(NamedTuple):
+    """What verifier and judge say of some responses."""
+
+    outcomes: Tensor  # [B]
+    requests: list[JudgeRequest]  # each response, cut into steps
+    votes: Votes
+    seconds: float
 
 
 class Result(NamedTuple):
@@ -74,7 +86,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 
     Raises:
         UsageError: the run folder is in use, or does not fit the request.
-        TrainingError: too many updates in a row with a loss or gradient that is NaN or Inf.
+        TrainingError: too many updates in a row with a loss or gradient that is NaN or Inf, or log-probabilities of sampler
+            and trainer that are too far apart.
+        capo.rollout.RolloutError: responses cannot be sampled.
         VerifierError: the verifier does not work.
         capo.checkpoint.CheckpointError: the checkpoint to resume from is damaged.
         OSError: a checkpoint cannot be written; earlier ones are intact.
@@ -117,12 +131,16 @@ class _Run:
     def train(self) -> Result:
         if not self._start():
             return Result(self.folder, 0, None, None, stopped=True)
+        with contextlib.closing(build_engine(self.model, self.task, self.config)) as engine:
+            return self._loop(engine)
+
+    def _loop(self, engine: Engine) -> Result:
         config, state = self.config, self.state
         first = state["update"] + 1
         with stage(self.console, config.method, config.updates, done=first - 1) as show:
             for update in range(first, config.updates + 1):
                 try:
-                    metrics = self._update(update)
+                    metrics = self._update(update, engine)
                 except JudgeError as error:
                     self._save()  # the weights are those of the update before
                     raise TrainingError(f"{error}. The run is saved; go on with --resume") from None
@@ -207,11 +225,11 @@ class _Run:
         checkpoint.save(path, self.model, self.optimizer, self.state)
         checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
 
-    def _update(self, update: int) -> dict[str, Any]:
+    def _update(self, update: int, engine: Engine) -> dict[str, Any]:
         """One update: collect responses, learn from them. Returns the metrics."""
         config, state = self.config, self.state
         began = time.perf_counter()
-        batch, metrics = self._collect(update)
+        batch, metrics = self._collect(update, engine)
         collected = time.perf_counter()
         rate = config.learning_rate * min(1.0, update / max(1, config.warmup))
         for group in self.optimizer.param_groups:
@@ -232,67 +250,124 @@ class _Run:
             "capo/time/learn": ended - collected,
         }
 
-    def _collect(self, update: int) -> tuple[Batch, dict[str, Any]]:
+    def _collect(self, update: int, engine: Engine) -> tuple[Batch, dict[str, Any]]:
         """Sample, verify, judge, vote: all that the loss needs."""
         config, task = self.config, self.task
         began = time.perf_counter()
+        engine.sync()
+        synced = time.perf_counter()
         prompts = torch.Generator().manual_seed(stream(config.seeds.rl, "prompts", update))
         problems = task.problems(config.prompts, prompts)
-        rollouts = sample(
-            self.model,
-            [task.encode(problem.question) for problem in problems],
-            config.group_size,
-            max_new_tokens=config.max_new_tokens or task.response_length,
-            eos_id=task.eos_id,
-            temperature=config.temperature,
-            generator=torch.Generator(self.model.device).manual_seed(stream(config.seeds.rl, "sample", update)),
-        )
-        problems = [problem for problem in problems for _ in range(config.group_size)]  # one per response
-        sampled = time.perf_counter()
-
         verified = self.verifier.counts, self.verifier.seconds
-        outcomes = verify(self.verifier, task, rollouts, problems)
-        steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
-        texts = step_texts(rollouts.token_ids, steps, task.token_bytes)
-        requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(problems, texts, strict=True)]
-        groups = torch.arange(config.prompts, device=outcomes.device).repeat_interleave(config.group_size)
-        rule, num_votes = config.credit_rule(), config.judge.num_votes
-        votes = collect(
-            self.judge, requests, num_votes, rule, outcomes.tolist(), groups.tolist(), adaptive=config.judge.adaptive
-        )
-        table = critique.vote_table(
-            [[reply.critique for reply in row] for row in votes.replies], list(map(len, texts)), num_votes
-        )
+        parts, pending = [], []
+        size = config.prompts // config.rollout.chunks
+        # What is sampled is judged while more is sampled. Seeds depend on the chunk, not on who is quicker.
+        with ThreadPoolExecutor(1, thread_name_prefix="capo assess") as assessor:
+            for chunk in range(config.rollout.chunks):
+                asked = problems[chunk * size :][:size]
+                seed = stream(config.seeds.rl, "sample", update, *([chunk] if chunk else []))
+                part = engine.sample([task.encode(problem.question) for problem in asked], config.group_size, seed)
+                parts.append(part)
+                # In a copy of the context: the choice of a backend holds there, too.
+                pending.append(assessor.submit(contextvars.copy_context().run, self._assess, part, asked))
+            sampled = time.perf_counter()
+            assessed = [future.result() for future in pending]
         judged = time.perf_counter()
+        rollouts = Rollouts.concat(parts, [size] * len(parts))
+        outcomes = torch.cat([part.outcomes for part in assessed])
+        requests = [request for part in assessed for request in part.requests]
+        votes = Votes.concat([part.votes for part in assessed])
+        steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
+        table = critique.vote_table(
+            [[reply.critique for reply in row] for row in votes.replies],
+            [len(request.steps) for request in requests],
+            config.judge.num_votes,
+        )
 
         credit = Credit(
             outcomes=outcomes,
             votes=table.to(outcomes.device),
             steps=steps,
             cu_seqlens=rollouts.cu_seqlens,
-            groups=groups,
-            rule=rule,
+            groups=rollouts.prompt_index,
+            rule=config.credit_rule(),
         )
         # Over the whole update at once: minibatches and micro-batches may then be cut anywhere.
         advantages = credit.advantages()
         old_logprobs, entropy = response_logprobs(self.model, rollouts, config)
+        difference = mismatch(old_logprobs, rollouts.logprobs, config.loss.importance_cap)
+        self._check_mismatch(difference["sampling/sampling_logp_difference/mean"])
         ref_logprobs = response_logprobs(self.reference, rollouts, config)[0] if self.reference is not None else None
         metrics = {
-            **outcome_metrics(outcomes, config.group_size),
+            **outcome_metrics(outcomes, rollouts.prompt_index),
             **judge_metrics(credit, votes),
             **response_metrics(credit, requests),
             **verifier_metrics(self.verifier, *verified),
             "entropy": entropy.mean().item(),
             "completions/mean_length": rollouts.cu_seqlens.diff().double().mean().item(),
             "completions/clipped_ratio": rollouts.truncated.double().mean().item(),
-            "sampling/sampling_logp_difference/mean": (old_logprobs - rollouts.logprobs).abs().mean().item(),
-            "sampling/sampling_logp_difference/max": (old_logprobs - rollouts.logprobs).abs().max().item(),
+            **difference,
+            **{f"capo/dropped/{reason}": count for reason, count in rollouts.dropped.items()},
             "capo/dead_tokens": (advantages == 0).double().mean().item(),
             "capo/max_advantage": advantages.abs().max().item(),
-            "capo/time/sample": sampled - began,
-            "capo/time/judge": judged - sampled,
+            "capo/time/sync": synced - began,
+            "capo/time/sample": sampled - synced,
+            "capo/time/judge": sum(part.seconds for part in assessed),
+            "capo/time/judge_wait": judged - sampled,
         }
         return Batch(rollouts, advantages, old_logprobs, ref_logprobs), metrics
+
+    def _assess(self, rollouts: Rollouts, problems: list[Problem]) -> Assessment:
+        """Verify and judge some responses; runs beside the sampling of others."""
+        began = time.perf_counter()
+        task, config = self.task, self.config
+        asked = [problems[index] for index in rollouts.prompt_index.tolist()]  # one per response
+        outcomes = verify(self.verifier, task, rollouts, asked)
+        steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
+        texts = step_texts(rollouts.token_ids, steps, task.token_bytes)
+        requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(asked, texts, strict=True)]
+        votes = collect(
+            self.judge,
+            requests,
+            config.judge.num_votes,
+            config.credit_rule(),
+            outcomes.tolist(),
+            rollouts.prompt_index.tolist(),
+            adaptive=config.judge.adaptive,
+        )
+        return Assessment(outcomes, requests, votes, time.perf_counter() - began)
+
+    def _check_mismatch(self, mean: float) -> None:
+        limit = self.config.rollout.max_mismatch
+        if not mean <= limit:
+            raise TrainingError(
+                f"log-probabilities of sampler and trainer differ by {mean:.3g} in the mean, more than "
+                f"rollout.max_mismatch={limit:g}: the engine {self.config.rollout.engine} does not sample from the policy"
+            )
+
+
+def build_engine(model: Any, task: ArithmeticTask, config: TrainConfig) -> Engine:
+    """The sampling engine that the configuration names.
+
+    Raises:
+        capo.rollout.RolloutError: it cannot run here.
+        UsageError: the model has not the context asked for.
+    """
+    try:
+        sampling = Sampling(
+            max_new_tokens=config.max_new_tokens or task.response_length,
+            eos_id=task.eos_id,
+            temperature=config.temperature,
+            context=config.rollout.context,
+            num_tokens=task.vocab_size,
+        )
+        if config.rollout.engine == "transformers":
+            return TransformersEngine(model, sampling)
+        from capo.rollout_vllm import VllmEngine
+
+        return VllmEngine(model, sampling, cache_gib=config.rollout.cache_gib, dtype=config.rollout.dtype)
+    except ValueError as error:
+        raise UsageError(f"rollout: {error}") from None
 
 
 def verify(verifier: Verifier, task: ArithmeticTask, rollouts: Rollouts, problems: list[Problem]) -> Tensor:

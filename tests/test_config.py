@@ -225,7 +225,7 @@ def test_yaml_round_trip(tmp_path, output):
 def test_yaml_shows_every_setting_with_its_meaning():
     lines = TrainConfig().to_yaml().splitlines()
     assert re.fullmatch(r"method: capo +# credit rule, .*", lines[0])
-    assert len(lines) == len(_all_keys(TrainConfig)) + 9  # nine sections
+    assert len(lines) == len(_all_keys(TrainConfig)) + 11  # eleven sections
     assert all(re.search(r" # \S", line) for line in lines)
 
 
@@ -278,3 +278,18 @@ def test_help_is_quick_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "capo train examples/arithmetic/capo.yaml" in done.stdout
     assert done.stdout.splitlines()[-1] == "False False False"
+
+
+@pytest.mark.parametrize(
+    "key", ["top_p", "rollout.top_p", "rollout.top_k", "rollout.min_p", "rollout.repetition_penalty"]
+)
+def test_sampling_from_a_part_of_the_distribution_is_refused_with_the_reason(key):
+    with pytest.raises(
+        UsageError, match=rf"{key}: responses are sampled from the full distribution, .* only temperature"
+    ):
+        load_config(None, [f"{key}=0.9"])
+
+
+def test_chunks_must_divide_prompts():
+    with pytest.raises(UsageError, match=r"prompts=16 must be a multiple of rollout.chunks=3"):
+        load_config(None, ["rollout.chunks=3"])

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,7 +7,18 @@ from capo.config import ModelConfig, TaskConfig
 from capo.data import ArithmeticTask
 from capo.evaluate import accuracy
 from capo.models import build_model
-from capo.rollout import cumulative, response_logits, sample
+from capo.rollout import (
+    RolloutError,
+    Rollouts,
+    Sample,
+    Sampling,
+    TransformersEngine,
+    cumulative,
+    mismatch,
+    pack,
+    response_logits,
+    sample,
+)
 
 TASK = ArithmeticTask(TaskConfig(steps=3), seed=0)
 PROMPTS = [TASK.encode(text) for text in ("7+5*3-1=", "1-1+9*2=", "3*3*3*3=", "9+9+9+9=")]
@@ -109,6 +122,153 @@ def test_response_logits_are_those_of_the_whole_forward_pass(model, prompts):
 def test_arguments_are_checked(model, wrong):
     with pytest.raises(ValueError, match="sample:"):
         draw(model, **wrong)
+
+
+SAMPLING = Sampling(max_new_tokens=12, eos_id=TASK.eos_id)
+
+
+def equal(one, other):
+    return all(
+        torch.equal(value, getattr(other, name)) if isinstance(value, torch.Tensor) else value == getattr(other, name)
+        for name, value in vars(one).items()
+    )
+
+
+def test_the_engine_samples_as_sample_does(model):
+    assert equal(TransformersEngine(model, SAMPLING).sample(RAGGED, 3, seed=0), draw(model))
+
+
+def test_prompts_without_room_for_a_response_are_dropped_and_counted(model):
+    engine = TransformersEngine(model, Sampling(12, TASK.eos_id, context=12 + 3))
+    rollouts = engine.sample(RAGGED, 2, seed=0)  # of 1, 8, 3 and 7 tokens
+    assert rollouts.dropped == {"prompt_too_long": 2}
+    assert rollouts.prompt_index.tolist() == [0, 0, 2, 2]
+    assert [ids[mask].tolist() for ids, mask in zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)] == [
+        RAGGED[index] for index in (0, 0, 2, 2)
+    ]
+    with pytest.raises(RolloutError, match="all 1 prompts are longer than 3 tokens"):
+        engine.sample([RAGGED[1]], 2, seed=0)
+
+
+EOS = TASK.eos_id
+FAULTS = {
+    "logprobs_length": Sample([1, EOS], [-1.0, -1.0, -1.0]),
+    "logprobs_length less": Sample([1, EOS], [-1.0]),
+    "empty": Sample([], []),
+    "id_out_of_range": Sample([TASK.vocab_size, EOS], [-1.0, -1.0]),
+    "id_out_of_range below": Sample([-1, EOS], [-1.0, -1.0]),
+    "logprob_not_finite": Sample([1, EOS], [-1.0, math.nan]),
+    "logprob_not_finite too": Sample([1, EOS], [-math.inf, -1.0]),
+    "wrong_end": Sample([1, EOS, 1, EOS], [-1.0] * 4),
+    "wrong_end early": Sample([1, 2], [-1.0] * 2),
+    "wrong_end late": Sample([1] * 13, [-1.0] * 13),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_response_whose_parts_do_not_fit_is_dropped_and_counted(model, case):
+    good = [Sample([index, EOS], [-0.5, -0.25 * index]) for index in range(4)]
+    groups = [[good[0], FAULTS[case]], [FAULTS[case], FAULTS[case]], [good[1], good[2]], [FAULTS[case], good[3]]]
+    rollouts = pack(RAGGED, range(4), groups, SAMPLING, model)
+    assert rollouts.dropped == {case.split()[0]: 4}
+    assert rollouts.prompt_index.tolist() == [0, 2, 2, 3]
+    assert responses(rollouts) == [list(response.ids) for response in good]
+    assert rollouts.logprobs.tolist() == [value for response in good for value in response.logprobs]
+    assert rollouts.logprobs.dtype == torch.float32
+    with pytest.raises(RolloutError, match=f"no response can be used: {case.split()[0]} 1"):
+        pack([RAGGED[1]], [0], [[FAULTS[case]]], SAMPLING, model)
+
+
+def test_concat_is_one_call_on_all(model):
+    whole = draw(model, PROMPTS + RAGGED, n=2, temperature=0)
+    parts = [draw(model, prompts, n=2, temperature=0) for prompts in (PROMPTS, RAGGED)]
+    joined = Rollouts.concat(parts, [len(PROMPTS), len(RAGGED)])
+    assert responses(joined) == responses(whole)
+    assert torch.equal(joined.prompt_index, whole.prompt_index)
+    assert torch.equal(joined.cu_seqlens, whole.cu_seqlens)
+    assert torch.equal(joined.prompt_mask, whole.prompt_mask)
+    assert torch.equal(joined.prompt_ids[joined.prompt_mask], whole.prompt_ids[whole.prompt_mask])
+    torch.testing.assert_close(joined.logprobs, whole.logprobs)
+
+
+def test_concat_keeps_numbers_of_prompts_and_adds_up_what_is_dropped(model):
+    engine = TransformersEngine(model, Sampling(12, TASK.eos_id, context=12 + 3))
+    joined = Rollouts.concat([engine.sample(RAGGED, 1, seed) for seed in (0, 1)], [4, 4])
+    assert joined.prompt_index.tolist() == [0, 2, 4, 6]
+    assert joined.dropped == {"prompt_too_long": 4}
+
+
+def padded(model, extra):
+    """The same model with a vocabulary that is padded by tokens of very high probability."""
+    config = ModelConfig(arch=model.config.model_type, layers=2, hidden=32, heads=4, mlp=48, init_std=0.3)
+    wide = build_model(config, TASK, seed=0)
+    embedding = wide.get_input_embeddings()
+    weight = torch.cat([embedding.weight.detach(), embedding.weight.detach()[:extra] * 5])
+    wide.resize_token_embeddings(TASK.vocab_size + extra)
+    with torch.no_grad():
+        wide.get_input_embeddings().weight.copy_(weight)
+    return wide
+
+
+def test_padding_of_the_vocabulary_is_never_sampled_and_has_no_probability(model):
+    wide = padded(model, 7)
+    assert draw(wide, n=8).token_ids.max() >= TASK.vocab_size
+    rollouts, expected = draw(wide, n=8, num_tokens=TASK.vocab_size), draw(model, n=8)
+    assert torch.equal(rollouts.token_ids, expected.token_ids)
+    torch.testing.assert_close(rollouts.logprobs, expected.logprobs)
+    assert response_logits(wide, rollouts).shape[1] == TASK.vocab_size
+    torch.testing.assert_close(response_logits(wide, rollouts), response_logits(model, expected))
+    assert torch.equal(rollouts.select(torch.tensor([0, 3])).token_ids, expected.select(torch.tensor([0, 3])).token_ids)
+    assert rollouts.select(torch.tensor([0, 3])).num_tokens == TASK.vocab_size
+
+
+def test_mismatch_by_hand():
+    sampler = torch.tensor([-1.0, -2.0, -3.0, -0.5])
+    trainer = sampler + torch.tensor([0.0, math.log(2), -math.log(4), 0.0])
+    metrics = mismatch(trainer, sampler, cap=3.0)
+    expected = {
+        "sampling/sampling_logp_difference/mean": 3 * math.log(2) / 4,
+        "sampling/sampling_logp_difference/max": 2 * math.log(2),
+        "sampling/importance_sampling_ratio/min": 0.25,
+        "sampling/importance_sampling_ratio/mean": 4.25 / 4,
+        "sampling/importance_sampling_ratio/max": 2.0,
+        "sampling/kl": (1 - math.log(2) - 0.75 + 2 * math.log(2)) / 4,
+        "sampling/outside_cap": 0.25,
+    }
+    assert metrics == pytest.approx(expected, rel=1e-6)
+    assert mismatch(trainer, sampler, cap=1.5)["sampling/outside_cap"] == 0.5
+    assert mismatch(trainer, sampler, cap=None) == mismatch(trainer, sampler, cap=2.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": 0.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"context": 0},
+        {"num_tokens": 0},
+        {"num_tokens": TASK.eos_id},
+        {"eos_id": -1},
+    ],
+)
+def test_sampling_is_checked(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"Sampling: .*{name}"):
+        Sampling(**{"max_new_tokens": 12, "eos_id": TASK.eos_id, **wrong})
+
+
+@pytest.mark.parametrize("name", ["context", "num_tokens"])
+def test_sampling_must_fit_the_model(model, name):
+    with pytest.raises(ValueError, match=f"Sampling: {name}=1000, but the model has"):
+        TransformersEngine(model, Sampling(12, TASK.eos_id, **{name: 1000}))
+
+
+def test_a_context_must_have_room_for_a_prompt(model):
+    with pytest.raises(ValueError, match="max_new_tokens=12 leaves no room for a prompt in a context of 12"):
+        TransformersEngine(model, Sampling(12, TASK.eos_id, context=12))
+    TransformersEngine(model, Sampling(12, TASK.eos_id, context=13))
 
 
 class Script:

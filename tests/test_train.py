@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import math
@@ -7,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ from capo import checkpoint, cli, rundir
 from capo.config import load_config
 from capo.data import ArithmeticTask
 from capo.errors import UsageError
-from capo.learn import Batch, accumulate, learn, response_logprobs
+from capo.judges.scripted import ScriptedJudge
+from capo.learn import Batch, accumulate, learn, minibatches, response_logprobs
 from capo.metrics import MetricsLog, outcome_metrics, read_metrics
 from capo.models import build_model, stream, warm_start
 from capo.rollout import response_logits, sample
@@ -299,7 +303,7 @@ def test_resume_is_bitwise_the_run_without_interruption(tmp_path, kl_coef):
         assert (result.before, result.after) == (whole.before, whole.after)
 
 
-@pytest.mark.parametrize("where", ["sample", "learn", "accuracy"])
+@pytest.mark.parametrize("where", ["verify", "learn", "accuracy"])
 def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(tmp_path, monkeypatch, where):
     class Killed(BaseException):
         pass
@@ -310,7 +314,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(tmp_path, mon
     def dies(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == {"sample": 4, "learn": 4, "accuracy": 3}[where]:  # update 4
+        if calls == {"verify": 4, "learn": 4, "accuracy": 3}[where]:  # update 4
             raise Killed
         return original(*args, **kwargs)
 
@@ -544,11 +548,11 @@ def test_undecided_responses_leave_their_group_and_are_counted(tmp_path, monkeyp
 
 def test_outcome_metrics_by_hand():
     nan = math.nan
-    metrics = outcome_metrics(torch.tensor([1.0, 0.0, nan, nan, nan, 1.0, 1.0, 1.0, nan]), 3)
+    metrics = outcome_metrics(torch.tensor([1.0, 0.0, nan, nan, nan, 1.0, 1.0, 1.0, nan]), torch.arange(9) // 3)
     assert metrics["reward"] == pytest.approx(4 / 5) and metrics["capo/undecided"] == 4
     assert metrics["reward_std"] == pytest.approx((math.sqrt(0.5) + 0) / 2)
     assert metrics["frac_reward_zero_std"] == 0.5
-    assert outcome_metrics(torch.tensor([nan, nan]), 2)["reward"] is None
+    assert outcome_metrics(torch.tensor([nan, nan]), torch.zeros(2, dtype=torch.int64))["reward"] is None
 
 
 def test_a_judge_that_never_answers_changes_nothing_but_the_counts(tmp_path):
@@ -619,3 +623,123 @@ def test_command_line(tmp_path, monkeypatch):
     damaged.unlink()
     done = CliRunner().invoke(cli.app, ["train", str(path), "updates=9", "--resume"])
     assert done.exit_code == 1 and "optimizer.safetensors is missing" in done.output
+
+
+class Changed:
+    """The engine that training builds, its rollouts passed through a function."""
+
+    def __init__(self, change, monkeypatch):
+        build = capo.train.build_engine
+        monkeypatch.setattr(capo.train, "build_engine", lambda *args: self.wrap(build(*args)))
+        self.change, self.closed = change, 0
+
+    def wrap(self, engine):
+        self.engine, self.sync = engine, engine.sync
+        return self
+
+    def sample(self, prompts, n, seed):
+        return self.change(self.engine.sample(prompts, n, seed))
+
+    def close(self):
+        self.closed += 1
+        self.engine.close()
+
+
+def test_responses_and_prompts_that_are_dropped_leave_ragged_groups(tmp_path, monkeypatch):
+    def change(rollouts):
+        rows = torch.tensor([row for row in range(16) if row not in (0, 4, 5, 6, 7, 15)])
+        part = rollouts.select(rows)
+        return dataclasses.replace(part, dropped={"logprobs_length": 2, "prompt_too_long": 1})
+
+    seen = []
+    monkeypatch.setattr(capo.train, "Credit", lambda **fields: seen.append(fields) or capo.Credit(**fields))
+    engine = Changed(change, monkeypatch)
+    result = run(small(tmp_path, "updates=2", "minibatches=4"))
+    assert seen[0]["groups"].tolist() == [0] * 3 + [2] * 4 + [3] * 3
+    row = read_metrics(result.run_dir / "metrics.jsonl")[1]
+    assert (row["capo/dropped/logprobs_length"], row["capo/dropped/prompt_too_long"]) == (2, 1)
+    assert row["capo/idle_minibatches"] >= 1 and row["capo/undecided"] == 0
+    assert engine.closed == 1
+
+
+def test_minibatches_are_whole_prompts_also_where_responses_are_missing():
+    index = torch.tensor([0, 0, 2, 2, 2, 3])
+    for count, expected in ((1, [[0, 1, 2, 3, 4, 5]]), (2, [[0, 1], [2, 3, 4, 5]]), (4, [[0, 1], [], [2, 3, 4], [5]])):
+        config = load_config(None, ["prompts=4", f"minibatches={count}"])
+        assert [rows.tolist() for rows in minibatches(index, config)] == expected
+
+
+@pytest.mark.parametrize("shift", [-1.0, math.nan])
+def test_a_sampler_that_is_not_the_policy_stops_the_run(tmp_path, monkeypatch, shift):
+    engine = Changed(lambda part: dataclasses.replace(part, logprobs=part.logprobs + shift), monkeypatch)
+    with pytest.raises(TrainingError, match=r"more than rollout.max_mismatch=0.5: the engine transformers does not"):
+        run(small(tmp_path))
+    assert engine.closed == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0]
+
+
+def test_importance_cap_weighs_by_what_the_sampler_reported(tmp_path, monkeypatch):
+    def weights(name, *overrides):
+        return contents(run(small(tmp_path, "updates=1", "rollout.max_mismatch=1", *overrides, name=name)))[0]
+
+    plain = weights("plain")
+    Changed(lambda part: dataclasses.replace(part, logprobs=part.logprobs - math.log(2)), monkeypatch)
+    assert same(weights("off"), plain)
+    assert same(weights("one", "loss.importance_cap=1"), plain)  # the ratio 2, cut to 1
+    assert not same(weights("three", "loss.importance_cap=3"), plain)
+    (_, row) = read_metrics(tmp_path / "three" / "metrics.jsonl")
+    assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(2, rel=1e-4)
+    assert row["sampling/sampling_logp_difference/mean"] == pytest.approx(math.log(2), rel=1e-4)
+
+
+def test_judging_beside_sampling_gives_what_one_after_the_other_gives(tmp_path, monkeypatch):
+    class Now:
+        """Does at once what it is given."""
+
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, function, *args):
+            future = Future()
+            future.set_result(function(*args))
+            return future
+
+        __enter__ = __exit__ = lambda self, *_: self
+
+    overrides = "rollout.chunks=4", "judge.invalid=0.2", "loss.kl_coef=0.1"
+    beside = contents(run(small(tmp_path, *overrides, name="beside")))
+    monkeypatch.setattr(capo.train, "ThreadPoolExecutor", Now)
+    after = contents(run(small(tmp_path, *overrides, name="after")))
+    assert same(beside[0], after[0]) and beside[1] == after[1]
+
+
+def test_the_choice_of_a_backend_holds_beside_sampling(tmp_path, monkeypatch):
+    seen = []
+    segment = capo.train.segment
+    monkeypatch.setattr(capo.train, "segment", lambda *args: seen.append(capo.backends._choice.get()) or segment(*args))
+    with capo.use_backend("torch"):
+        run(small(tmp_path, "updates=1", "rollout.chunks=2"))
+    assert seen == ["torch"] * 3
+
+
+def test_one_chunk_is_judged_while_the_next_is_sampled(tmp_path, monkeypatch):
+    judging, sampling = threading.Event(), threading.Event()
+    calls = []
+
+    class Slow(ScriptedJudge):
+        def critique(self, requests, num_votes, first=0):
+            judging.set()
+            assert sampling.wait(20)
+            return super().critique(requests, num_votes, first)
+
+    def change(rollouts):
+        calls.append(len(rollouts.truncated))
+        if len(calls) == 2:
+            assert judging.wait(20)
+            sampling.set()
+        return rollouts
+
+    monkeypatch.setattr("capo.judges.scripted.ScriptedJudge", Slow)
+    Changed(change, monkeypatch)
+    run(small(tmp_path, "updates=1", "rollout.chunks=2"))
+    assert calls == [8, 8]

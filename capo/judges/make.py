@@ -8,13 +8,14 @@ from typing import Any
 
 from capo.config import JudgeConfig
 from capo.errors import UsageError
-from capo.judges import Judge, JudgeRequest
+from capo.judges import Judge, JudgeError, JudgeRequest
 
 # What each engine imports, and the extra that brings it.
 ENGINES: dict[str, tuple[tuple[str, ...], str]] = {
     "scripted": ((), ""),
     "openai": (("httpx2",), "judge"),
     "transformers": (("transformers", "safetensors"), "train"),
+    "vllm": (("transformers",), "train"),
 }
 
 
@@ -51,10 +52,22 @@ def make_judge(config: JudgeConfig, checker: Callable[[JudgeRequest], Sequence[b
                 max_new_tokens=config.max_tokens,
                 **common,
             )
+        if config.kind == "vllm":
+            from capo.judges.vllm import VllmJudge
+
+            engine = config.vllm
+            return VllmJudge(
+                str(engine.path),
+                dtype=engine.dtype,
+                context=engine.context,
+                cache_gib=engine.cache_gib,
+                max_new_tokens=config.max_tokens,
+                **common,
+            )
     except ModuleNotFoundError as error:
         extra = ENGINES[config.kind][1]
         raise UsageError(f"judge.kind={config.kind} needs {error.name}: pip install 'capo[{extra}]'") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, JudgeError) as error:
         raise UsageError(f"judge.{config.kind}: {error}") from None
     from capo.judges.scripted import ScriptedJudge
 

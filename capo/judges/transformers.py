@@ -12,16 +12,13 @@ import torch
 
 from capo.critique import render
 from capo.judges import Fault, JudgeReply, JudgeRequest
-
-# Where the prompt goes in a rendered chat; no template and no tokenizer makes this of its own accord.
-_HERE = "\ue000capo\ue000"
+from capo.judges.chat import Chat
 
 
 class TransformersJudge:
     """A `Judge` that generates in batches; the K critiques of a response are K sequences returned for one prompt.
 
-    The prompt is tokenized apart from the chat template and without special tokens, so that no text in it can end the
-    user's turn. A reply that reaches ``max_new_tokens`` is invalid, a prompt that leaves no room for one fails. Seeded:
+    The prompt is put into the chat as `capo.judges.chat.Chat` says. A reply that reaches ``max_new_tokens`` is invalid, a prompt that leaves no room for one fails. Seeded:
     equal requests in equal batches give equal replies; PyTorch's own random state is left alone.
 
     Args:
@@ -53,8 +50,6 @@ class TransformersJudge:
         structured: bool = False,
         template: dict[str, Any] | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError("TransformersJudge: the tokenizer has no chat template; take an instruction-tuned model")
         if not 0 <= temperature <= 100 or not 0 < top_p <= 1 or max_new_tokens < 1 or batch < 1:
             raise ValueError(
                 "TransformersJudge: temperature must be in [0, 100], top_p in (0, 1], max_new_tokens and batch at least 1, "
@@ -66,15 +61,8 @@ class TransformersJudge:
             self._sampling.update(temperature=float(temperature), top_p=float(top_p), top_k=0)
         self._max_new_tokens, self._batch, self._seed = max_new_tokens, batch, seed
         self._trust, self._structured = trust, structured
-        chat = [{"role": "user", "content": _HERE}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **(template or {}))
-        before, here, after = text.partition(_HERE)
-        if not here or _HERE in after:
-            raise ValueError("TransformersJudge: the chat template does not show the user's message once and as it is")
-        self._before, self._after = (tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))
-        config = model.generation_config
-        ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._chat = Chat(tokenizer, template)
+        self._ends = self._chat.ends(model.generation_config)
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else next(iter(self._ends))
 
@@ -123,9 +111,7 @@ class TransformersJudge:
     def _prompt(self, request: JudgeRequest) -> list[int]:
         nonce = request.fingerprint(self._seed)[:12]
         text = render(request.question, request.reference, request.steps, nonce, structured=self._structured)
-        # split_special_tokens: "<|im_end|>" in the text is nine characters and not the end of a turn.
-        inside = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return [*self._before, *inside, *self._after]
+        return self._chat.ids(text)
 
     @torch.no_grad()
     def _generate(

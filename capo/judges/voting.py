@@ -144,6 +144,12 @@ class Votes:
     asked: int
     full: int
 
+    @classmethod
+    def concat(cls, parts: Sequence[Votes]) -> Votes:
+        """Those of several calls as of one."""
+        replies = [row for part in parts for row in part.replies]
+        return cls(replies, sum(part.asked for part in parts), sum(part.full for part in parts))
+
 
 def collect(
     judge: Judge,

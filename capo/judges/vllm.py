@@ -1,0 +1,157 @@
+"""A judge on vLLM, started by this process: many critiques at a time, without a server to look after."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from capo.critique import SCHEMA, render
+from capo.engines import cpu_options, undisturbed, vllm_why_not
+from capo.judges import Fault, JudgeError, JudgeReply, JudgeRequest
+from capo.judges.chat import Chat
+
+
+class VllmJudge:
+    """A `Judge` that generates all critiques at once; the K critiques of a response share the work on its prompt.
+
+    vLLM runs in a process of its own, so that it gets on with rollouts by vLLM in this one. Prompts go to it as token ids,
+    made as `capo.judges.chat.Chat` says. A reply that reaches ``max_new_tokens`` is invalid, a prompt that leaves no room
+    for one fails. The seeds of a request come from its content and the number of the vote.
+
+    Args:
+        path: folder or name of a causal language model with a chat template; code that comes with it is never run.
+        temperature, top_p: of sampling; votes differ only above temperature 0.
+        max_new_tokens: longest reply.
+        seed: of all randomness.
+        trust: see `capo.critique.parse`.
+        structured: the reply is JSON by force, as `capo.critique.SCHEMA` describes it.
+        template: further arguments of the chat template, such as ``enable_thinking=False``.
+        dtype: of the weights; ``auto``: as vLLM chooses.
+        context: tokens of prompt and reply together; None: the model's limit.
+        cache_gib: memory for keys and values, GiB.
+
+    Raises:
+        JudgeError: vLLM is not installed or cannot run.
+        ValueError: the tokenizer has no chat template, or a number is out of range.
+        OSError: there is no such model.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+        trust: Literal["list", "verdict"] = "list",
+        structured: bool = False,
+        template: dict[str, Any] | None = None,
+        dtype: str = "auto",
+        context: int | None = None,
+        cache_gib: float = 4.0,
+    ) -> None:
+        if not 0 <= temperature <= 100 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            raise ValueError(
+                "VllmJudge: temperature must be in [0, 100], top_p in (0, 1], max_new_tokens at least 1, "
+                f"got {temperature!r}, {top_p!r}, {max_new_tokens!r}"
+            )
+        if not (math.isfinite(cache_gib) and cache_gib > 0):
+            raise ValueError(f"VllmJudge: cache_gib must be finite and above 0, got {cache_gib!r}")
+        reason = vllm_why_not()
+        if reason is not None:
+            raise JudgeError(f"vLLM: {reason}")
+        from transformers import AutoTokenizer, GenerationConfig
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        self._chat = Chat(self.tokenizer, template)
+        try:
+            generation = GenerationConfig.from_pretrained(str(path))
+        except OSError:  # not every model has one
+            generation = GenerationConfig()
+        self._sampling = {
+            "temperature": float(temperature),
+            "top_p": float(top_p),
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": sorted(self._chat.ends(generation)),
+            "detokenize": False,
+        }
+        self._max_new_tokens, self._seed, self._trust, self._structured = max_new_tokens, seed, trust, structured
+        options = cpu_options()
+        with undisturbed({"TORCH_COMPILE_DISABLE": "1"} if options else {}):
+            from vllm import LLM
+
+            self._llm = LLM(
+                str(path),
+                trust_remote_code=False,
+                generation_config="vllm",
+                dtype=dtype,
+                max_model_len=context,
+                kv_cache_memory_bytes=int(cache_gib * 2**30),
+                **options,
+            )
+            self._context = self._llm.llm_engine.model_config.max_model_len
+
+    def close(self) -> None:
+        """End the process of vLLM."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def critique(self, requests: Sequence[JudgeRequest], num_votes: int, first: int = 0) -> list[list[JudgeReply]]:
+        """See `capo.judges.Judge`."""
+        if num_votes < 0 or first < 0:
+            raise ValueError(f"critique: num_votes and first must be at least 0, got {num_votes} and {first}")
+        replies: list[list[JudgeReply]] = [[] for _ in requests]
+        if not num_votes or not requests:
+            return replies
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        began = time.perf_counter()
+        prompts = [self._prompt(request) for request in requests]
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) + self._max_new_tokens <= self._context]
+        for index in set(range(len(requests))) - set(fits):
+            replies[index] = [JudgeReply.failure(Fault.TOO_LONG.value)] * num_votes
+        parameters = [
+            SamplingParams(
+                n=num_votes,
+                # vLLM numbers the seeds of a request's votes on from this: a vote has its seed however it is asked for.
+                seed=int(requests[index].fingerprint(self._seed)[12:19], 16) + first,
+                structured_outputs=StructuredOutputsParams(json=SCHEMA) if self._structured else None,
+                **self._sampling,
+            )
+            for index in fits
+        ]
+        tokens = [{"prompt_token_ids": prompts[index]} for index in fits]
+        outputs = self._llm.generate(tokens, parameters, use_tqdm=False) if fits else []
+        seconds = time.perf_counter() - began
+        for index, output in zip(fits, outputs, strict=True):
+            replies[index] = [
+                self._reply(answer, requests[index], seconds, len(prompts[index]) if vote == 0 else 0)
+                for vote, answer in enumerate(output.outputs)
+            ]
+        return replies
+
+    def _prompt(self, request: JudgeRequest) -> list[int]:
+        nonce = request.fingerprint(self._seed)[:12]
+        return self._chat.ids(
+            render(request.question, request.reference, request.steps, nonce, structured=self._structured)
+        )
+
+    def _reply(self, answer: Any, request: JudgeRequest, seconds: float, prompt_tokens: int) -> JudgeReply:
+        ids = list(answer.token_ids)
+        return JudgeReply.read(
+            self.tokenizer.decode(ids, skip_special_tokens=True),
+            len(request.steps),
+            request.fingerprint(self._seed)[:12],
+            trust=self._trust,
+            fault=None if answer.finish_reason == "stop" else Fault.TRUNCATED,
+            structured=self._structured,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(ids),
+            seconds=seconds,
+        )
