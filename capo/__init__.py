@@ -20,6 +20,7 @@ _EXPORTS = {
     "logprobs": "capo.losses",
     "policy_loss": "capo.losses",
     "segment": "capo.steps",
+    "shape": "capo.shaping",
     "use_backend": "capo.backends",
 }
 _MODULES = ("critique", "reference", "score", "verify")
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from capo.losses import PolicyLoss as PolicyLoss
     from capo.losses import logprobs as logprobs
     from capo.losses import policy_loss as policy_loss
+    from capo.shaping import shape as shape
     from capo.steps import Steps as Steps
     from capo.steps import TokenBytes as TokenBytes
     from capo.steps import segment as segment
