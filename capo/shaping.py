@@ -204,7 +204,9 @@ def _outcomes(outcomes: Any, rows: Rows) -> Tensor:
     if not isinstance(outcomes, Tensor):
         outcomes = torch.tensor([math.nan if value is None else float(value) for value in outcomes])
     if outcomes.shape != (len(rows),):
-        raise ValueError(f"shape: outcomes must have one entry for each of {len(rows)} rows, got {list(outcomes.shape)}")
+        raise ValueError(
+            f"shape: outcomes must have one entry for each of {len(rows)} rows, got {list(outcomes.shape)}"
+        )
     return outcomes.to(rows.device, torch.float32)
 
 
@@ -275,16 +277,21 @@ def _votes(votes: Any, counts: list[int]) -> Tensor:
         return votes.reshape(total, -1 if total else 1).to(torch.int8)
     if len(votes) != len(counts):
         raise ValueError(f"shape: votes has {len(votes)} entries, but there are {len(counts)} responses")
-    if any(vote is None or isinstance(vote, Critique) for row in votes for vote in row or ()):
-        return vote_table([row or () for row in votes], counts)
+    if any(vote is None or isinstance(vote, Critique) for row in votes for vote in _each(row)):
+        return vote_table([list(_each(row)) for row in votes], counts)
     table: list[list[int]] = []
     for response, (row, count) in enumerate(zip(votes, counts, strict=True)):
-        if row is not None and len(row) not in (0, count):
-            raise ValueError(f"shape: votes of response {response} are for {len(row)} steps, but it has {count}")
-        table.extend(_ballots(row, response) if row else [[]] * count)
+        ballots = _ballots(_each(row), response)
+        if len(ballots) not in (0, count):
+            raise ValueError(f"shape: votes of response {response} are for {len(ballots)} steps, but it has {count}")
+        table.extend(ballots or [[]] * count)
     width = max(map(len, table), default=0)
     padded = [ballots + [-1] * (width - len(ballots)) for ballots in table]
     return torch.tensor(padded, dtype=torch.int8).reshape(total, width)
+
+
+def _each(row: Iterable[Any] | None) -> Iterable[Any]:
+    return () if row is None else row
 
 
 def _ballots(row: Iterable[Any], response: int) -> list[list[int]]:

@@ -218,9 +218,7 @@ class CapoMixin:
         settings = self.capo_settings
         token_ids = torch.tensor([id_ for ids in completion_ids_list for id_ in ids], dtype=torch.int64)
         cu_seqlens = torch.tensor([0, *map(len, completion_ids_list)]).cumsum(0)
-        steps = segment(
-            token_ids, cu_seqlens, self.capo_token_bytes, settings.delimiter, max_steps=settings.max_steps
-        )
+        steps = segment(token_ids, cu_seqlens, self.capo_token_bytes, settings.delimiter, max_steps=settings.max_steps)
         requests = [
             JudgeRequest(question, reference, tuple(texts))
             for question, reference, texts in zip(
@@ -412,6 +410,7 @@ class _Loop:
                 threading.Thread(target=self._loop.run_forever, name="capo judge", daemon=True).start()
             return asyncio.run_coroutine_threadsafe(function(*args), self._loop)
         future: Future = Future()
+        future.set_running_or_notify_cancel()  # cannot be interrupted; cancelled means that nobody waits for it
 
         def run() -> None:
             try:
