@@ -123,10 +123,6 @@ class Rows:
                     f"shape: cu_seqlens must rise from 0 to {len(like)}, the length of {name}; got {bounds.tolist()!s:.80}"
                 )
             return cls(_live(mask, like), bounds)
-        if isinstance(like, Tensor):
-            raise ValueError(
-                f"shape: {name} must be padded [B, T], packed [P] with cu_seqlens, or a list, got {list(like.shape)}"
-            )
         flat, lengths = _flat(like, name)
         if mask is not None and token_ids is not None:
             if isinstance(mask, Tensor) or list(map(len, mask)) != lengths:
@@ -190,8 +186,9 @@ def _live(mask: Tensor | None, like: Tensor) -> Tensor:
 
 def _flat(rows: Any, name: str) -> tuple[Tensor, list[int]]:
     """Lists or 1-D tensors end to end, and their lengths."""
-    if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
-        raise ValueError(f"shape: {name} must be a tensor or a list of rows, got {type(rows).__name__}")
+    got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    if got not in ("list", "tuple"):
+        raise ValueError(f"shape: {name} must be padded [B, T], packed [P] with cu_seqlens, or a list, got {got}")
     tensors = [row if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.int64) for row in rows]
     bad = next((i for i, row in enumerate(tensors) if row.dim() != 1), None)
     if bad is not None:

@@ -156,7 +156,10 @@ def test_all_layouts_agree(data):
     in_rows = capo.shape(outcomes, votes, token_ids=padded, mask=mask, **common)
     in_lists = capo.shape(outcomes, votes, token_ids=ids, mask=keep, **common)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    flat, flat_mask = torch.tensor(sum(ids, [])).long(), torch.tensor(sum(keep, []), dtype=torch.bool)
+    flat, flat_mask = (
+        torch.tensor([x for row in rows for x in row], dtype=kind)
+        for rows, kind in ((ids, torch.int64), (keep, torch.bool))
+    )
     packed = capo.shape(outcomes, votes, token_ids=flat, mask=flat_mask, cu_seqlens=cu_seqlens, **common)
     for i, row in enumerate(in_lists):
         assert torch.equal(row, in_rows[i, left : left + len(row)])
@@ -172,7 +175,7 @@ PADDED = torch.zeros(2, 6, dtype=torch.int64)
     "change, message",
     [
         ({"token_ids": None}, "token_ids or mask is needed"),
-        ({"token_ids": "text"}, "token_ids must be a tensor or a list of rows, got str"),
+        ({"token_ids": "text"}, "token_ids must be padded .* or a list, got str"),
         ({"token_ids": [0, 1]}, "row 0 of token_ids must have one dimension"),
         ({"token_ids": PADDED}, r"mask is needed with padded token_ids \[2, 6\]"),
         ({"token_ids": PADDED[None]}, r"token_ids must be padded .* got \[1, 2, 6\]"),

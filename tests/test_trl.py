@@ -627,7 +627,7 @@ def test_tokens_of_tools_and_masked_responses_get_no_advantage_and_do_not_count(
     trainer = make(config(tmp_path, max_steps=1), judge())
     token_bytes = trainer.capo_token_bytes
     rows = [[1, 15, 2, 3, EOS], [4, 15, 5, EOS], [6, 7, EOS], [8, 15, 9, 9, 9, EOS]]
-    ids, cu_seqlens = torch.tensor(sum(rows, [])), torch.tensor([0, *map(len, rows)]).cumsum(0)
+    ids, cu_seqlens = torch.tensor([id_ for row in rows for id_ in row]), torch.tensor([0, *map(len, rows)]).cumsum(0)
     steps = capo.segment(ids, cu_seqlens, token_bytes)
     texts = capo.steps.step_texts(ids, steps, token_bytes)
     replies = judge().critique([capo.judges.JudgeRequest("?", None, tuple(text)) for text in texts], 3)
@@ -758,6 +758,34 @@ def test_the_command_trains_by_yaml_and_options(project):
     assert (project / "out" / "model.safetensors").exists()
     state = json.loads((project / "out" / "checkpoint-1" / "trainer_state.json").read_text())
     assert "capo/flag_rate/wrong" in state["log_history"][0]
+
+
+def test_options_of_the_launcher_go_to_accelerate_and_the_rest_to_its_processes(project, monkeypatch):
+    from accelerate.commands import launch
+
+    launched = []
+    monkeypatch.setattr(launch, "launch_command", launched.append)
+    monkeypatch.setenv("CAPO_TRL_LAUNCHED", "")  # so that it is as before in the end
+    monkeypatch.delenv("CAPO_TRL_LAUNCHED")
+    (project / "grpo.yaml").write_text(YAML + "num_machines: 1\n")
+    options = [
+        "--config",
+        "grpo.yaml",
+        "--per_device_train_batch_size",
+        "4",
+        "--max_steps",
+        "1",
+        "--num_processes",
+        "2",
+    ]
+    CliRunner().invoke(cli.app, ["trl", *options], catch_exceptions=False)
+    (settings,) = launched
+    assert (settings.num_processes, settings.num_machines, settings.module) == (2, 1, True)
+    assert [settings.training_script, *settings.training_script_args] == ["capo.cli", "trl", *options]
+    assert os.environ["CAPO_TRL_LAUNCHED"] == "1"
+
+    CliRunner().invoke(cli.app, ["trl", *options], catch_exceptions=False)  # as one of those processes
+    assert len(launched) == 1 and (project / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

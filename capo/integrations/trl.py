@@ -95,7 +95,7 @@ class CapoConfig(GRPOConfig):
         _Settings.of(self)
 
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     option.name: option.default for option in dataclasses.fields(CapoConfig) if option.name.startswith("capo_")
 }
 
@@ -415,7 +415,7 @@ class _Loop:
         def run() -> None:
             try:
                 future.set_result(function(*args))
-            except BaseException as error:  # raised again where the result is asked for
+            except BaseException as error:  # noqa: BLE001, raised again where the result is asked for
                 future.set_exception(error)
 
         threading.Thread(target=run, name="capo judge", daemon=True).start()

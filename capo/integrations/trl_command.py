@@ -55,7 +55,7 @@ def run(args: list[str]) -> None:
         _launch(unknown, args)
         return
     try:
-        script, config, model, mixture = _parser().parse_args_and_config(list(args), fail_with_unknown_args=False)
+        script, config, model, mixture, _ = _parser().parse_args_and_config(list(args), return_remaining_strings=True)
     except ValueError as error:
         raise UsageError(str(error)) from error
     config.capo_delimiter = config.capo_delimiter.replace("\\n", "\n")
