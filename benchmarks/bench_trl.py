@@ -1,10 +1,10 @@
 """What step-level credit costs in a step of TRL's GRPO trainer, with critiques that are already there.
 
-    python benchmarks/bench_trl.py [--responses 64] [--tokens 1024] [--hidden 128] [--layers 4] [--steps 3]
+    python benchmarks/bench_trl.py [--responses 64] [--tokens 1024] [--hidden 64] [--layers 2] [--steps 3]
 
-A small model writes responses of the full length; the judge hands out recorded critiques. Counted as shaping is all
-that the adapter does and TRL does not: steps, their texts, requests, votes, advantages, metrics. Prints CPU time of one
-thread, in which other work on the machine does not count.
+The model is so small that the rest of the step is quick. It writes responses of the full length, and the judge hands out
+recorded critiques. Counted as shaping is all that the adapter does and TRL does not: steps, their texts, requests, votes,
+advantages, metrics. Prints CPU time of one thread, in which other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)

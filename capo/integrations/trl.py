@@ -147,6 +147,8 @@ class _Settings:
         liger = getattr(args, "use_liger_loss", False) or (
             getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss")
         )
+        # Before TRL 0.29 sapo takes one advantage a response, and has this method.
+        known = [kind for kind in LOSS_TYPES if kind != "sapo" or not hasattr(GRPOTrainer, "get_sapo_token_loss")]
         reasons = {
             "use_liger_kernel": "Liger's fused loss takes one advantage a response and is silently wrong with more"
             if liger
@@ -159,7 +161,7 @@ class _Settings:
             "tokens it would cut responses apart"
             if getattr(args, "off_policy_mask_threshold", None) is not None
             else None,
-            "loss_type": f"checked with {', '.join(LOSS_TYPES)} only" if args.loss_type not in LOSS_TYPES else None,
+            "loss_type": f"checked with {', '.join(known)} only" if args.loss_type not in known else None,
         }
         if self.base == "rule":
             ignored = "capo_base=rule normalises rewards itself and would ignore this; use capo_base=host"
