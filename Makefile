@@ -3,11 +3,13 @@
 #   PYTHON=python3.12     the interpreter that makes the virtual environment
 #   VENV=.venv            where the environment lives
 #   TORCH=torch==2.13.0   what `pip install` is asked for first; empty: whatever pip picks
+#   TRL=1.16.0            the newest TRL, which the tests of the adapter run with; .ci/trl has the oldest
 #   MARKS="not slow and not mutants"   which tests `make test` runs
 #   PYTEST_ARGS="-x -k credit"         more for pytest
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRL ?= 1.16.0
 MARKS ?= not mutants
 PYTEST_ARGS ?=
 
@@ -77,4 +79,5 @@ $(VENV)/.vllm: $(VENV)/.develop .ci/vllm
 $(VENV)/.develop: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) -e '.[test,lint]'
 	$(PIP) --no-deps dashscope llama-models
+	$(PIP) trl==$(TRL) accelerate datasets peft $(TORCH)
 	@touch $(VENV)/.train $@

@@ -25,6 +25,7 @@ _EXPORTS = {
     "patch_causal_lm": "capo.patch",
     "policy_loss": "capo.losses",
     "segment": "capo.steps",
+    "shape": "capo.shaping",
     "use_backend": "capo.backends",
 }
 _MODULES = ("critique", "reference", "score", "verify")
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from capo.losses import policy_loss as policy_loss
     from capo.patch import PolicyInputs as PolicyInputs
     from capo.patch import patch_causal_lm as patch_causal_lm
+    from capo.shaping import shape as shape
     from capo.steps import Steps as Steps
     from capo.steps import TokenBytes as TokenBytes
     from capo.steps import segment as segment

@@ -251,6 +251,25 @@ def train(
         typer.echo(f"stopped by a signal; go on with: {again}")
 
 
+@app.command(
+    "trl",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def trl_command(context: typer.Context) -> None:
+    """Train with TRL's GRPO trainer and step-level credit; options, YAML and launcher are those of ``trl grpo``.
+
+        capo trl --config grpo.yaml --capo_judge my_lib.judge --num_processes 2
+
+    See docs/trainers.md; ``capo trl --help`` lists all options.
+    """
+    try:
+        from capo.integrations.trl_command import run as run_trl
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    run_trl(context.args)
+
+
 def main() -> None:
     """Entry point of the console script."""
     try:
