@@ -75,9 +75,11 @@ $(VENV)/.vllm: $(VENV)/.develop .ci/vllm
 	.ci/vllm $(RUN)
 	@touch $@
 
-# dashscope and llama-models are here for the tokenizer files in them: their own dependencies are not wanted.
+# dashscope and llama-models are here for the tokenizer files in them, verl for its formulas: their own dependencies are not
+# wanted.
 $(VENV)/.develop: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) -e '.[test,lint]'
 	$(PIP) --no-deps dashscope llama-models
 	$(PIP) trl==$(TRL) accelerate datasets peft $(TORCH)
+	$(PIP) --no-deps verl==0.9.1 tensordict pyvers cloudpickle omegaconf codetiming
 	@touch $(VENV)/.train $@

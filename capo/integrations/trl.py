@@ -27,9 +27,9 @@ from torch import Tensor
 
 from capo import critique
 from capo.credit import Credit, CreditRule
-from capo.split_groups import MOMENTS, gathered_advantages, response_moments, without_steps
 from capo.judges import JudgeReply, JudgeRequest
 from capo.shaping import Rows
+from capo.split_groups import MOMENTS, gathered_advantages, response_moments, without_steps
 from capo.steps import Steps, TokenBytes, segment, step_texts
 
 OLDEST = (0, 26)
