@@ -7,7 +7,8 @@ A backend is a namespace with one function per op, the same names and signatures
     torch    capo.reference   plain PyTorch, everywhere
 
 ``use_backend("torch")`` chooses inside a block, the environment variable ``CAPO_BACKEND`` for the process; ``auto`` takes
-the first that can run. A backend that cannot run is an error that says why, never a silent fallback.
+the first that can run and has the op. A backend that was asked for and cannot run is an error that says why, never a silent
+fallback.
 """
 
 from __future__ import annotations
@@ -79,8 +80,18 @@ def chosen(device_type: str) -> str:
 
 
 def kernel(name: str, device: torch.device) -> Callable:
-    """The function ``name`` of the backend that runs on this device."""
-    return getattr(importlib.import_module(BACKENDS[chosen(device.type)]), name)
+    """The function ``name`` of the backend that runs on this device; under ``auto`` of the first that has it.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run on the device, or has no such function.
+    """
+    choice = _choice.get() or os.environ.get("CAPO_BACKEND", "auto")
+    candidates = available(device.type) if choice == "auto" else (chosen(device.type),)
+    for backend in candidates:
+        function = getattr(importlib.import_module(BACKENDS[backend]), name, None)
+        if function is not None:
+            return function
+    raise RuntimeError(f"backend {candidates[-1]!r} has no {name!r} yet; leave the choice to 'auto', or use 'torch'")
 
 
 @contextlib.contextmanager

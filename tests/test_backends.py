@@ -57,6 +57,19 @@ def test_the_environment_sets_the_default(name):
         assert done.returncode != 0 and "no backend 'nonsense'" in done.stderr
 
 
+def test_a_backend_without_an_op_is_passed_over_unless_it_was_asked_for(monkeypatch):
+    from capo import reference
+
+    monkeypatch.setattr(backends, "available", lambda device_type: ("incomplete", "torch"))
+    monkeypatch.setattr(backends, "why_not", lambda backend, device_type: None)
+    monkeypatch.setitem(backends.BACKENDS, "incomplete", "math")
+    cpu = torch.device("cpu")
+    with capo.use_backend("auto"):
+        assert backends.kernel("row_stats", cpu) is reference.row_stats
+    with capo.use_backend("incomplete"), pytest.raises(RuntimeError, match="'incomplete' has no 'row_stats' yet"):
+        backends.kernel("row_stats", cpu)
+
+
 def test_backends_run_the_same_op():
     logits, labels = torch.randn(4, 50), torch.randint(0, 50, (4,))
     results = []
