@@ -57,7 +57,7 @@ def spread_is_rounding(low, high):
     return (high <= low) | (high - low <= 1e-12 * tl.maximum(tl.abs(low), tl.abs(high)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_votes", "num_steps", "num_tokens"])
 def facts_of_responses(
     facts_ptr, weights_ptr, rewards_ptr, flagged_ptr, outcomes_ptr, votes_ptr, starts_ptr, ends_ptr, cu_steps_ptr,
     cu_seqlens_ptr, num_votes, num_steps, num_tokens, outcome_weight: "fp64", process_weight: "fp64",
@@ -256,7 +256,7 @@ def scale_of(count, squares, low, high, std_floor):
     return tl.where(same, 0.0, 1.0 / tl.maximum(tl.sqrt(squares / tl.maximum(count - 1.0, 1.0)), std_floor))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["responses"])
 def offsets_of_groups(
     facts_ptr, outcomes_ptr, groups_ptr, order_ptr, responses, outcome_weight: "fp64", process_weight: "fp64",
     std_floor: "fp64", REWARD: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -339,7 +339,7 @@ def write_run(out, first, last, value, clamp, BLOCK: tl.constexpr):
         tl.store(out + start + lanes, tl.zeros([BLOCK], tl.float32) + held, mask=start + lanes < last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "responses"])
 def advantages_of_tokens(
     advantages_ptr, facts_ptr, rewards_ptr, flagged_ptr, starts_ptr, ends_ptr, cu_steps_ptr, cu_seqlens_ptr, num_tokens,
     responses, clamp: "fp64", REWARD: tl.constexpr, STEPPED: tl.constexpr, BLOCK: tl.constexpr,

@@ -22,7 +22,7 @@ _KL = ("none", "k1", "k2", "k3")
 _TOKENS = 1024  # of a response, at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "responses"])
 def token_weights(
     weights_ptr, counts_ptr, advantages_ptr, mask_ptr, cu_seqlens_ptr, rows, responses, ALWAYS_LIVE: tl.constexpr,
     TOGETHER: tl.constexpr, PER_RESPONSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -118,7 +118,7 @@ def loss_of_rows(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def terms_of_tokens(
     logprobs_ptr, entropy_ptr, advantages_ptr, old_ptr, ref_ptr, rollout_ptr, weights_ptr, active_ptr, loss_ptr, kl_ptr,
     clipped_ptr, slope_ptr, rows, ratio_low, ratio_high, clip_dual, kl_coef, entropy_coef, importance_cap, scale,
@@ -140,7 +140,7 @@ def terms_of_tokens(
     tl.store(slope_ptr + index, (through_ratio + through_logp) * (weight * scale_of(scale, active_ptr)), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def terms_of_responses(
     logprobs_ptr, entropy_ptr, advantages_ptr, old_ptr, ref_ptr, rollout_ptr, weights_ptr, active_ptr, loss_ptr, kl_ptr,
     clipped_ptr, slope_ptr, counts_ptr, cu_seqlens_ptr, rows, ratio_low, ratio_high, clip_dual, kl_coef, entropy_coef,
@@ -221,7 +221,7 @@ def gradient_of_rows(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "responses"])
 def metrics(
     loss_ptr, clip_fraction_ptr, mean_kl_ptr, losses_ptr, kl_ptr, clipped_ptr, weights_ptr, active_ptr, cu_seqlens_ptr,
     rows, responses, scale, TOKEN_MEAN: tl.constexpr, BLOCK: tl.constexpr,
