@@ -57,7 +57,7 @@ class CMakeBuild(build_ext):
 
 NATIVE = wants_native()
 setup(
-    packages=["capo", "capo.judges", "capo.kernels"],
+    packages=["capo", "capo.integrations", "capo.judges", "capo.kernels"],
     package_dir={"capo": "capo", "capo.kernels": "kernels"},
     package_data={"capo": ["py.typed"]},
     ext_modules=[Extension("capo._native", sources=[])] if NATIVE else [],
