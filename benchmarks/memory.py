@@ -2,18 +2,21 @@
 
     python benchmarks/memory.py OP CASE_NUMBER VARIANT [--quick]
 
-prints bytes. Linux only: the high-water mark of the resident set is set back before the call.
+prints bytes. Linux only: the high-water mark of the resident set is set back before the call. A variant that needs more
+memory than there is gets an error, instead of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import re
+import resource
 from pathlib import Path
 
 import torch
-from variants import OPS
+from table import OPS
 
 
 def resident(key: str) -> int:
@@ -28,6 +31,7 @@ def extra_memory(op: str, number: int, name: str, quick: bool) -> int:
     for _ in range(2):  # the first call loads libraries and compiles; what it leaves behind is not the second's
         timed.reset()
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else what the first call freed would seem to be there already
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         result = timed.call()
@@ -47,4 +51,6 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    available = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * available),) * 2)
     print(extra_memory(args.op, args.case, args.variant, args.quick))

@@ -158,19 +158,20 @@ def plot(path: Path) -> None:
         return
     first = next(iter(cases.values()))
     bars(first, path.with_suffix(".png"))
-    if first[0]["op"] != "policy_loss":
+    op = first[0]["op"]
+    if op not in ("policy_loss", "linear_policy_loss"):
         return
     key = case_of(first[0])
     live = [case for k, case in cases.items() if k[:3] == key[:3]]
     if len(live) > 1:
-        title = f"policy_loss, {key[0]}, {key[1]}: loss and gradient"
-        target = path.with_name("policy_loss_live.png")
+        title = f"{op}, {key[0]}, {key[1]}: loss and gradient"
+        target = path.with_name(f"{op}_live.png")
         lines(live, lambda row: float(row["live"]), "share of tokens with an advantage", title, target)
     # The sweep over vocabularies has about as many logits in each case, fewer than the first.
     sweep = [case for k, case in cases.items() if k[0] != key[0] and k[1:] == key[1:]]
     if len(sweep) > 1:
-        title = f"policy_loss, {key[1]}: loss and gradient"
-        target = path.with_name("policy_loss_vocab.png")
+        title = f"{op}, {key[1]}: loss and gradient"
+        target = path.with_name(f"{op}_vocab.png")
         lines(sweep, lambda row: int(row["shape"].split()[-1]), "vocabulary V", title, target, per_token=True)
 
 

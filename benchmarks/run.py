@@ -31,7 +31,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from variants import FLOOR, FRESH_FLOOR, OPS, Op, Skip, Timed, Variant
+from table import OPS
+from variants import FLOOR, FRESH_FLOOR, Op, Skip, Timed, Variant
 
 import capo
 
@@ -124,7 +125,7 @@ def revision() -> str:
 
 
 def backend_version(backend: str) -> str:
-    if backend not in ("trl", "liger-kernel"):
+    if backend not in ("trl", "liger-kernel", "cut-cross-entropy"):
         return backend
     try:
         return f"{backend} {importlib.metadata.version(backend)}"
@@ -160,14 +161,16 @@ def timed_once(timed: Timed) -> tuple[float, float]:
     return 1e3 * (end - start), 1e3 * (cpu_end - cpu)
 
 
-def extra_memory_mb(name: str, number: int, variant: Variant, quick: bool) -> float | None:
+def extra_memory_mb(name: str, number: int, variant: Variant, quick: bool) -> tuple[float | None, str]:
+    """Megabytes, or None and why."""
     command = [sys.executable, HERE / "memory.py", name, str(number), variant.name, "--threads"]
     command += [str(torch.get_num_threads()), *["--quick"] * quick]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
-        console.print(f"[yellow]no memory of {variant.name}: {done.stderr.strip().splitlines()[-1:]}[/yellow]")
-        return None
-    return int(done.stdout.split()[-1]) / 1e6
+        why = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        console.print(f"[yellow]no memory of {variant.name}: {why}[/yellow]")
+        return None, f"no memory: {why:.200}"
+    return int(done.stdout.split()[-1]) / 1e6, ""
 
 
 class Measured:
@@ -188,7 +191,25 @@ class Measured:
 def measure(op: Op, name: str, number: int, case, wanted, quick, rounds, seconds, memory, progress) -> list[Measured]:
     """Check, warm up, then time all variants of a case: round by round, each round in another random order."""
     results = [Measured(v) for v in op.variants if wanted is None or v.name in wanted]
-    title = f"{name}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
+    if getattr(case, "timed", True):
+        time_rounds(op, name, case, results, rounds, seconds, progress)
+    if memory and getattr(case, "memory", number == 0):
+        measured = [r for r in results if not r.variant.is_floor and not r.note.startswith("skipped")]
+        task = progress.add_task(f"{title_of(name, case)}: memory", total=len(measured))
+        for r in measured:
+            r.memory, why = extra_memory_mb(name, number, r.variant, quick)
+            r.note = why or r.note
+            progress.advance(task)
+        progress.remove_task(task)
+    return results
+
+
+def title_of(name: str, case) -> str:
+    return f"{name}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
+
+
+def time_rounds(op: Op, name: str, case, results: list[Measured], rounds, seconds, progress) -> None:
+    title = title_of(name, case)
     task = progress.add_task(f"{title}: check and warm-up", total=len(results))
     inputs = case.make()
     for r in results:
@@ -221,15 +242,7 @@ def measure(op: Op, name: str, number: int, case, wanted, quick, rounds, seconds
         progress.advance(task)
     for r in running:
         r.timed = None
-    del inputs
-    if memory and number == 0:
-        measured = [r for r in running if not r.variant.is_floor]
-        progress.update(task, description=f"{title}: memory", total=len(measured), completed=0)
-        for r in measured:
-            r.memory = extra_memory_mb(name, number, r.variant, quick)
-            progress.advance(task)
     progress.remove_task(task)
-    return results
 
 
 def rows(name: str, case, results: list[Measured], common: dict) -> list[dict]:
@@ -283,12 +296,9 @@ def show(table: list[dict]) -> None:
     for heading in ("variant", "ms", "p20", "p80", "CPU ms", "x floor", "x fresh floor", "extra MB", "error"):
         view.add_column(heading, justify="left" if heading == "variant" else "right")
     for row in table:
-        if not row["rounds"]:
-            view.add_row(row["variant"], "-", *[""] * 7)
-            continue
         keys = ("median_ms", "p20_ms", "p80_ms", "cpu_ms", "ratio_floor", "ratio_fresh_floor", "extra_memory_mb")
         error = row["gradient_error"] if row["gradient_error"] is not None else row["value_error"]
-        values = (f"{float(v):.3g}" if v is not None else "" for v in (*(row[key] for key in keys), error))
+        values = (f"{float(v):.3g}" if v is not None else "" for v in (*(row.get(key) for key in keys), error))
         view.add_row(row["variant"], *values)
     console.print(view)
 

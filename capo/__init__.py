@@ -14,10 +14,15 @@ _EXPORTS = {
     "Credit": "capo.credit",
     "CreditRule": "capo.credit",
     "LossRule": "capo.losses",
+    "PolicyInputs": "capo.patch",
     "PolicyLoss": "capo.losses",
     "Steps": "capo.steps",
     "TokenBytes": "capo.steps",
+    "linear_logprobs": "capo.losses",
+    "linear_policy_loss": "capo.losses",
     "logprobs": "capo.losses",
+    "loss_shares": "capo.distributed",
+    "patch_causal_lm": "capo.patch",
     "policy_loss": "capo.losses",
     "segment": "capo.steps",
     "use_backend": "capo.backends",
@@ -32,10 +37,15 @@ if TYPE_CHECKING:
     from capo.backends import use_backend as use_backend
     from capo.credit import Credit as Credit
     from capo.credit import CreditRule as CreditRule
+    from capo.distributed import loss_shares as loss_shares
     from capo.losses import LossRule as LossRule
     from capo.losses import PolicyLoss as PolicyLoss
+    from capo.losses import linear_logprobs as linear_logprobs
+    from capo.losses import linear_policy_loss as linear_policy_loss
     from capo.losses import logprobs as logprobs
     from capo.losses import policy_loss as policy_loss
+    from capo.patch import PolicyInputs as PolicyInputs
+    from capo.patch import patch_causal_lm as patch_causal_lm
     from capo.steps import Steps as Steps
     from capo.steps import TokenBytes as TokenBytes
     from capo.steps import segment as segment

@@ -3,7 +3,7 @@
 A backend is a namespace with one function per op, the same names and signatures in each:
 
     native   capo.native      C++ for CPU tensors
-    triton   capo.kernels     Triton
+    triton   capo.kernels     Triton for GPU tensors; for CPU tensors under its interpreter (TRITON_INTERPRET=1), for tests
     torch    capo.reference   plain PyTorch, everywhere
 
 ``use_backend("torch")`` chooses inside a block, the environment variable ``CAPO_BACKEND`` for the process; ``auto`` takes
@@ -16,12 +16,13 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
 import torch
 
-BACKENDS = {"native": "capo.native", "triton": "capo.kernels", "torch": "capo.reference"}
+BACKENDS = {"native": "capo.native", "triton": "capo.kernels.backend", "torch": "capo.reference"}
 
 _choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("capo_backend", default=None)
 
@@ -41,14 +42,26 @@ def why_not(backend: str, device_type: str) -> str | None:
         native.isa()
         return None if device_type == "cpu" else f"the native module has no kernels for {device_type}"
     if backend == "triton":
-        return "this version has no Triton kernels"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type == "cuda":
+            return "TRITON_INTERPRET=1 would run the kernels on the CPU" if interpreted else None
+        if device_type == "cpu":
+            return (
+                None if interpreted else "Triton kernels run on a GPU; on the CPU only if TRITON_INTERPRET=1, for tests"
+            )
+        return f"there are no Triton kernels for {device_type}"
     return None
 
 
 @functools.cache
 def available(device_type: str) -> tuple[str, ...]:
     """Names of the backends that run on this kind of device, the preferred one first."""
-    return tuple(name for name in BACKENDS if why_not(name, device_type) is None)
+    names = [name for name in BACKENDS if why_not(name, device_type) is None]
+    return tuple(
+        sorted(names, key=lambda name: name == "triton" and device_type == "cpu")
+    )  # interpreted: for tests only
 
 
 def chosen(device_type: str) -> str:
@@ -87,6 +100,12 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.reset(token)
+
+
+def checks_values(device_type: str) -> bool:
+    """Whether the values of tensors are checked before anything runs: on a GPU that means to wait for it, so only if asked
+    for by CAPO_CHECK=1."""
+    return device_type == "cpu" or os.environ.get("CAPO_CHECK") == "1"
 
 
 def _check_name(name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from capo.errors import UsageError
+from capo.errors import UsageError, VerifierError
 
 app = typer.Typer(
     name="capo",
@@ -101,7 +101,7 @@ def score(
         given = {"vote": vote, "outcome_weight": outcome_weight, "process_weight": process_weight}
         credit_rule = CreditRule.preset(rule, **{name: value for name, value in given.items() if value is not None})
         loaded = load_tokenizer(tokenizer, num_tokens=vocab_size, eos_ids=eos_id, tiktoken_pattern=tiktoken_pattern)
-    with _usage_errors(InputError, OSError), progress_bar(rollouts.name) as progress:
+    with _usage_errors(InputError, OSError, VerifierError), progress_bar(rollouts.name) as progress:
         result = score_file(
             rollouts,
             critiques,
@@ -236,7 +236,7 @@ def train(
         raise UsageError(f"capo train needs {error.name}: pip install 'capo[train]'") from None
     try:
         result = run(settings, resume=resume)
-    except (CheckpointError, RolloutError, TrainingError, OSError) as error:
+    except (CheckpointError, RolloutError, TrainingError, VerifierError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     if result.before is None:

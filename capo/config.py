@@ -93,7 +93,7 @@ class OpenAIConfig(_Section):
     max_wait: float = Field(default=60.0, gt=0, le=86400, description="seconds, longest wait before a retry")
     max_failure_rate: float = Field(default=0.2, ge=0, le=1, description="more failed replies stop the run; 1: never")
     cache: str | None = Field(default=None, min_length=1, description="folder that replies are kept in; null: none")
-    extra: str = Field(default="{}", description="JSON object, more fields of each request")
+    extra: str = Field(default="{}", description="JSON object, more fields of each request; null: without")
     allow_http: bool = Field(default=False, description="plain http to other machines")
     trust_env: bool = Field(default=False, description="use proxies from environment variables")
 

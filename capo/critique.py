@@ -14,9 +14,17 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from capo.escape import neutralise
+
+try:
+    from capo import _native
+except ImportError:  # built without the native module
+    _native = None
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +49,9 @@ class Reason(str, Enum):
     CONFLICTING = "conflicting"  # both Yes and No, where the verdict decides
     BAD_JSON = "bad_json"  # not one JSON object of the form asked for
     WRONG_NONCE = "wrong_nonce"  # JSON that answers another prompt, or was forged
+
+
+REASONS = tuple(Reason)  # in the order of the enumeration in csrc/text/critique.h
 
 
 class CritiqueError(ValueError):
@@ -357,9 +368,14 @@ def _number(digits: str, num_steps: int) -> int:
 def _suffix(nonce: str | None) -> str:
     if nonce is None:
         return ""
+    check_nonce(nonce)
+    return f":{nonce}"
+
+
+def check_nonce(nonce: str) -> None:
+    """Raise ValueError unless this is 4 to 64 ASCII letters and digits."""
     if not (4 <= len(nonce) <= 64 and nonce.isascii() and nonce.isalnum()):
         raise ValueError(f"nonce must be 4 to 64 ASCII letters and digits, got {nonce!r:.80}")
-    return f":{nonce}"
 
 
 def vote_table(
@@ -403,6 +419,70 @@ def vote_table(
     table = valid.repeat_interleave(torch.tensor(num_steps, dtype=torch.int64), 0).to(torch.int8) - 1
     table[torch.tensor(rows, dtype=torch.int64), torch.tensor(flags, dtype=torch.int64)] = 1
     return table
+
+
+def read_votes(
+    said: list[str | list[int] | None],
+    nonces: list[str | None],
+    cu_said: np.ndarray,
+    cu_steps: np.ndarray,
+    num_votes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `parse` and `vote_table` make of many critiques, at once.
+
+    Args:
+        said: the critiques of B responses end to end: a judge's reply, or a list of flagged steps that are there, or
+            None, an abstention.
+        nonces: what `render` was given for each reply; see `check_nonce`.
+        cu_said: int64 [B + 1], cumulative number of critiques per response, none of more than K.
+        cu_steps: int64 [B + 1], cumulative number of steps per response.
+        num_votes: K.
+
+    Returns:
+        int8 [M, K], the votes; and uint8 [C], for each critique 0 if it counts, 1 + i if `REASONS` [i] is why it does not,
+        and 255 for None.
+    """
+    votes = np.full((int(cu_steps[-1]), num_votes), -1, np.int8)
+    states = np.full(len(said), 255, np.uint8)
+    if _native is None:
+        _read_votes_reference(said, nonces, cu_said, cu_steps, votes, states)
+    else:
+        _native.read_votes(
+            said=said,
+            nonces=nonces,
+            cu_said=cu_said.ctypes.data,
+            cu_steps=cu_steps.ctypes.data,
+            num_responses=len(cu_said) - 1,
+            max_reply=MAX_REPLY,
+            votes=votes.ctypes.data,
+            num_votes=num_votes,
+            states=states.ctypes.data,
+        )
+    return votes, states
+
+
+def _read_votes_reference(
+    said: list[str | list[int] | None],
+    nonces: list[str | None],
+    cu_said: np.ndarray,
+    cu_steps: np.ndarray,
+    votes: np.ndarray,
+    states: np.ndarray,
+) -> None:
+    for response, (first, last) in enumerate(pairwise(cu_said.tolist())):
+        own = votes[cu_steps[response] : cu_steps[response + 1]]
+        for place in range(first, last):
+            flagged = said[place]
+            if isinstance(flagged, str):
+                try:
+                    flagged = list(parse(flagged, len(own), nonces[place]).flagged)
+                except CritiqueError as error:
+                    states[place] = 1 + REASONS.index(error.reason)
+                    continue
+            if flagged is not None:
+                states[place] = 0
+                own[:, place - first] = 0
+                own[flagged, place - first] = 1
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ EXTRAS = {
     "score": ("pyarrow", "tokenizers", "orjson"),
     "train": ("transformers", "safetensors", "matplotlib"),
     "judge": ("httpx2", "anyio", "matplotlib"),
+    "verify": ("math-verify",),
 }
 
 

@@ -18,6 +18,7 @@ def accuracy(
     model: Any,
     task: ArithmeticTask,
     problems: Sequence[Problem],
+    verifier: Verifier | None = None,
     *,
     max_new_tokens: int | None = None,
     batch: int = 1024,
@@ -28,6 +29,7 @@ def accuracy(
         model: a causal language model of transformers.
         task: encodes and decodes.
         problems: at least one.
+        verifier: compares answers; None: one that reads plain answers only.
         max_new_tokens: response limit; None: the length of a solution.
         batch: responses sampled at once.
 
@@ -36,6 +38,7 @@ def accuracy(
     """
     if not problems:
         raise ValueError("accuracy: no problems")
+    verifier = verifier or Verifier(engine="plain")
     right = 0
     for first in range(0, len(problems), batch):
         part = problems[first : first + batch]
@@ -48,7 +51,7 @@ def accuracy(
             temperature=0,
         )
         texts = response_texts(task, rollouts.token_ids, rollouts.cu_seqlens)
-        outcomes = Verifier().verify(texts, [problem.answer for problem in part])
+        outcomes = verifier.verify(texts, [problem.answer for problem in part])
         right += sum(
             outcome is Outcome.RIGHT and not cut
             for outcome, cut in zip(outcomes, rollouts.truncated.tolist(), strict=True)

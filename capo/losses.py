@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from capo import ops
 from capo.credit import Credit, _one_of
+from capo.ops import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Objective = Literal["clip", "cispo"]
 Ratio = Literal["token", "sequence", "sequence_token"]
@@ -171,6 +175,96 @@ def policy_loss(
             logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, inplace
         )
     )
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    credit: Credit | Tensor,
+    old_logprobs: Tensor | None,
+    cu_seqlens: Tensor,
+    rule: LossRule = LossRule(),
+    ref_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    temperature: Tensor | None = None,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    group: ProcessGroup | None = None,
+) -> PolicyLoss:
+    """``policy_loss`` of the logits ``hidden @ weight.T + bias``, which never exist as a whole.
+
+    Equals::
+
+        capo.policy_loss(torch.nn.functional.linear(hidden, weight, bias), labels, credit, ...)
+
+    The logits are made and used up in chunks of rows. Rows of dead tokens (see ``policy_loss``) are left out of all three
+    matrix products, rows without a gradient because they were clipped out of the last two. The gradients are made in the
+    forward; that of ``weight`` is summed in float32. The loss and the gradient of each row of ``hidden`` are bitwise the
+    same for any ``chunk_bytes`` and whatever else is in the batch.
+
+    Args:
+        hidden: [N, H] float32, bfloat16 or float16: one row for every response token, of the position before it.
+        weight: [V, H], of the same dtype (under autocast all are cast).
+        labels, credit, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs: as of ``policy_loss``.
+        bias: [V], or None.
+        temperature: [N] float, above 0: one for every row instead of ``rule.temperature``, which must be 1 then.
+        softcap: logits z become ``softcap * tanh(z / softcap)``, before the temperature; None: off.
+        vocab_size: rows of ``weight`` from here on are padding: no probability, gradient 0; None: there are none.
+        chunk_bytes: memory for the logits of a chunk, in bytes; at least 256 rows are taken.
+        group: process group over whose ranks ``weight`` (and ``bias``) are split by rows, in the order of the ranks. All
+            other arguments are the same on all ranks; ``vocab_size`` counts the rows of all. The loss and the gradient
+            of ``hidden`` are whole on each rank.
+
+    Returns:
+        PolicyLoss: ``loss`` is differentiable with respect to ``hidden``, ``weight`` and ``bias``; those that do not
+        require a gradient cost nothing.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or mask values that do not fit, named.
+    """
+    advantages = ops.credit(credit, hidden.shape[0]) if isinstance(credit, Credit) else credit
+    return PolicyLoss(
+        *ops.linear_policy_loss(
+            hidden, weight, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs,
+            bias, temperature, softcap, vocab_size, chunk_bytes, group,
+        )
+    )  # fmt: skip
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``logprobs`` of the logits ``hidden @ weight.T + bias``, which never exist as a whole; no gradient. [N], [N]
+
+    Equals::
+
+        capo.logprobs(torch.nn.functional.linear(hidden, weight, bias), labels, temperature, mask)
+
+    Args:
+        hidden, weight, bias, softcap, vocab_size, chunk_bytes, group: as of ``linear_policy_loss``.
+        labels: [N] int64.
+        temperature: logits are divided by it; above 0; one for all rows, or [N] float.
+        mask: [N] bool, False for rows that are not read and get 0; None: all are read.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or labels that do not fit, named.
+    """
+    return ops.linear_logprobs(hidden, weight, labels, temperature, mask, bias, softcap, vocab_size, chunk_bytes, group)
 
 
 def logprobs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from capo.credit import Credit
 from capo.escape import neutralise
 from capo.judges import JudgeRequest
 from capo.judges.voting import Votes
+from capo.verify import Verifier
 
 
 def outcome_metrics(outcomes: Tensor, groups: Tensor) -> dict[str, Any]:
@@ -121,6 +123,16 @@ def alarms(metrics: Mapping[str, Any]) -> dict[str, str]:
         "responses are no longer cut into steps",
     )
     return found
+
+
+def verifier_metrics(verifier: Verifier, counts: Counter[str], seconds: float) -> dict[str, Any]:
+    """What the verifier did since its counts and seconds were these: undecided answers by reason, and time."""
+    since = verifier.counts - counts
+    reasons = {name.split("/")[1]: number for name, number in since.items() if name.startswith("undecided/")}
+    return {
+        **{f"capo/undecided/{reason}": number for reason, number in sorted(reasons.items())},
+        "capo/time/verify": verifier.seconds - seconds,
+    }
 
 
 class MetricsLog:

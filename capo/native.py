@@ -54,20 +54,43 @@ def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_toke
     return advantages
 
 
-def new_gradient(logits: Tensor) -> Tensor:
-    """Zeros of the shape of the logits, on a cache line. Where they are many, memory is not touched before it is written,
-    so that rows without gradient cost nothing."""
-    size = logits.element_size()
-    memory = np.zeros(logits.numel() * size + 63, dtype=np.uint8)
+def zeros(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros on a cache line. Where they are many, memory is not touched before it is written, so that rows
+    which never are cost nothing, and comes in large pages."""
+    count, size = math.prod(shape), dtype.itemsize
+    memory = np.zeros(count * size + 63, dtype=np.uint8)
     first = -memory.ctypes.data % 64
-    return torch.from_numpy(memory[first : first + logits.numel() * size]).view(logits.dtype).view(logits.shape)
+    return torch.from_numpy(memory[first : first + count * size]).view(dtype).view(shape)
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """Zeros of the shape of the logits."""
+    return zeros(logits.shape, logits.dtype, logits.device)
+
+
+def _rule(rule) -> tuple:
+    """Fields of a ``LossRule`` as the kernels take them."""
+    clip_low, clip_high, clip_dual, ratio, reduce, constant = rule[:6]
+    kl_coef, kl, entropy_coef, temperature, objective, importance_cap = rule[6:]
+    return (
+        _float32(1 - clip_low),
+        _float32(1 + clip_high),
+        math.inf if clip_dual is None else clip_dual,
+        _RATIOS.index(ratio),
+        _REDUCE.index(reduce),
+        0.0 if constant is None else constant,
+        kl_coef,
+        _KL.index(kl),
+        entropy_coef,
+        temperature,
+        _OBJECTIVES.index(objective),
+        -1.0 if importance_cap is None else importance_cap,
+    )
 
 
 def policy_loss(
     logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
 ):
-    clip_low, clip_high, clip_dual, ratio, reduce, constant = rule[:6]
-    kl_coef, kl, entropy_coef, temperature, objective, importance_cap = rule[6:]
     rows, vocab = logits.shape
     metrics = tuple(torch.empty(shape, dtype=torch.float32) for shape in ((), (rows,), (rows,), (), ()))
     fits = _native.policy_loss(
@@ -81,18 +104,7 @@ def policy_loss(
         vocab,
         cu_seqlens.numel() - 1,
         *map(_address, (labels, advantages, old_logprobs, ref_logprobs, rollout_logprobs, mask, cu_seqlens)),
-        _float32(1 - clip_low),
-        _float32(1 + clip_high),
-        math.inf if clip_dual is None else clip_dual,
-        _RATIOS.index(ratio),
-        _REDUCE.index(reduce),
-        0.0 if constant is None else constant,
-        kl_coef,
-        _KL.index(kl),
-        entropy_coef,
-        temperature,
-        _OBJECTIVES.index(objective),
-        -1.0 if importance_cap is None else importance_cap,
+        *_rule(rule),
         *map(_address, metrics),
         torch.get_num_threads(),
     )
@@ -120,3 +132,51 @@ def logprobs(logits, labels, temperature, mask):
     if not fits:
         reference.check_rows("logprobs", logits, labels, mask)
     return values, entropy
+
+
+# ---- the parts of a loss over chunks of rows; see capo.linear
+
+
+def _head_rows(logits, labels, temperature) -> tuple:
+    per_row = isinstance(temperature, Tensor)
+    return (
+        logits.data_ptr(),
+        logits.stride(0),
+        _DTYPES.index(logits.dtype),
+        logits.shape[1],
+        _address(labels),
+        1.0 if per_row else temperature,
+        _address(temperature) if per_row else 0,
+        torch.get_num_threads(),
+    )
+
+
+def row_stats(logits, labels, temperature):
+    stats = torch.empty(len(labels), 5, dtype=torch.float64)
+    _native.row_stats(*_head_rows(logits, labels, temperature), len(labels), _address(stats))
+    return stats
+
+
+def row_logprobs(stats, dtype, temperature):
+    logprobs, entropy = (torch.empty(len(stats), dtype=torch.float32) for _ in range(2))
+    head = _head_rows(torch.empty(0, 0, dtype=dtype), None, temperature)
+    _native.row_logprobs(*head, len(stats), *map(_address, (stats, logprobs, entropy)))
+    return logprobs, entropy
+
+
+def loss_terms(logprobs, entropy, advantages, old_logprobs, ref_logprobs, rollout_logprobs, weights, cu_seqlens, *rule):
+    loss, kl = (torch.empty(len(logprobs), dtype=torch.float32) for _ in range(2))
+    clipped, slopes = torch.empty(len(logprobs), dtype=torch.bool), torch.empty(len(logprobs), dtype=torch.float64)
+    _native.loss_terms(
+        *map(_address, (advantages, old_logprobs, ref_logprobs, rollout_logprobs)),
+        *map(_address, (logprobs, entropy, weights, cu_seqlens)),
+        len(cu_seqlens) - 1,
+        *_rule(rule),
+        *map(_address, (loss, kl, clipped, slopes)),
+    )
+    return loss, kl, clipped, slopes
+
+
+def row_grads(logits, out, rows, labels, stats, slopes, entropy_slopes, temperature):
+    values = map(_address, (rows, stats, slopes, entropy_slopes, out))
+    _native.row_grads(*_head_rows(logits, labels, temperature), len(rows), *values)

@@ -1,6 +1,6 @@
 """The ops of capo as PyTorch sees them: schema, checks, fake and autograd, once for all backends.
 
-Dimension key: B responses, N packed response tokens, M steps, K critiques, V vocabulary.
+Dimension key: B responses, N packed response tokens, M steps, K critiques, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from capo.backends import kernel
+from capo.backends import checks_values, kernel
 
 if TYPE_CHECKING:
     from capo.credit import Credit, CreditRule
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _lib = torch.library.Library("capo", "FRAGMENT")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK_BYTES = 1 << 30
 
 
 def _fields(rule: CreditRule | LossRule) -> list:
@@ -76,12 +77,15 @@ def credit(credit: Credit, num_tokens: int | None = None) -> Tensor:
 
 # ---- policy_loss: logits, labels, advantages -> loss, metrics and the gradient of the logits
 
-_POLICY_LOSS_ARGS = (
+_TOKEN_ARGS = (
     "Tensor labels, Tensor advantages, Tensor? old_logprobs, Tensor cu_seqlens, Tensor? ref_logprobs, Tensor? mask, "
-    "Tensor? rollout_logprobs, bool need_grad, float clip_low, float clip_high, float? clip_dual, str ratio, "
-    "str reduce, float? constant, float kl_coef, str kl, float entropy_coef, float temperature, str objective, "
-    "float? importance_cap"
+    "Tensor? rollout_logprobs"
 )
+_RULE_ARGS = (
+    "float clip_low, float clip_high, float? clip_dual, str ratio, str reduce, float? constant, float kl_coef, str kl, "
+    "float entropy_coef, float temperature, str objective, float? importance_cap"
+)
+_POLICY_LOSS_ARGS = f"{_TOKEN_ARGS}, bool need_grad, {_RULE_ARGS}"
 _lib.define(
     f"policy_loss(Tensor logits, {_POLICY_LOSS_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_PT2
 )
@@ -162,35 +166,11 @@ def policy_loss(
 ) -> tuple[Tensor, ...]:
     """(loss, logprobs, entropy, clip_fraction, kl); see ``capo.policy_loss``."""
     _check_logits("policy_loss", logits, labels)
-    _require(
-        cu_seqlens.dim() == 1 and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.shape[0] > 0,
-        lambda: f"policy_loss: cu_seqlens must be int32 or int64 [B + 1], got {_about(cu_seqlens)}",
+    tokens = _token_args(
+        "policy_loss", logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
     )
-    if rule.kl_coef > 0:
-        _require(ref_logprobs is not None, lambda: f"policy_loss: kl_coef={rule.kl_coef} needs ref_logprobs")
-    else:
-        ref_logprobs = None
-    if rule.importance_cap is not None:
-        _require(rollout_logprobs is not None, lambda: "policy_loss: importance_cap needs rollout_logprobs")
-    else:
-        rollout_logprobs = None
-    advantages = _row_floats("policy_loss", "credit (advantages)", advantages, logits)
-    old_logprobs = _row_floats("policy_loss", "old_logprobs", old_logprobs, logits)
-    ref_logprobs = _row_floats("policy_loss", "ref_logprobs", ref_logprobs, logits)
-    rollout_logprobs = _row_floats("policy_loss", "rollout_logprobs", rollout_logprobs, logits)
-    mask = _row_mask("policy_loss", mask, logits)
     need_grad = torch.is_grad_enabled() and logits.requires_grad
-    args = (
-        labels.to(torch.int64).contiguous(),
-        advantages,
-        old_logprobs,
-        cu_seqlens.to(device=logits.device, dtype=torch.int64).contiguous(),
-        ref_logprobs,
-        mask,
-        rollout_logprobs,
-        need_grad,
-        *_fields(rule),
-    )
+    args = (*tokens, need_grad, *_fields(rule))
     if not need_grad or torch.compiler.is_compiling():
         if inplace and need_grad:
             raise ValueError("policy_loss: inplace=True is for eager mode; leave it out under torch.compile")
@@ -228,7 +208,142 @@ def logprobs(logits, labels, temperature, mask) -> tuple[Tensor, Tensor]:
     return torch.ops.capo.logprobs(logits.detach(), labels.to(torch.int64).contiguous(), float(temperature), mask)
 
 
-# ---- checks shared by the ops over logits
+# ---- linear_policy_loss: hidden states and the weight of the head -> loss, metrics and gradients; no [N, V]
+
+_HEAD_ARGS = "Tensor hidden, Tensor weight, Tensor? bias"
+_HEAD_OPTIONS = "float? softcap, SymInt? vocab_size, SymInt chunk_bytes, str? group"
+_lib.define(
+    f"linear_policy_loss({_HEAD_ARGS}, {_TOKEN_ARGS}, Tensor? row_temperature, bool[3] need_grad, {_HEAD_OPTIONS}, "
+    f"{_RULE_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_PT2,
+)
+
+
+@torch.library.impl(_lib, "linear_policy_loss", "CompositeExplicitAutograd")
+def _linear_policy_loss(hidden, weight, bias, *args):
+    from capo import linear
+
+    *metrics, grad_hidden, grad_weight, grad_bias = linear.policy_loss(hidden, weight, bias, *args)
+    return *metrics, *(hidden.new_empty(0) if x is None else x for x in (grad_hidden, grad_weight, grad_bias))
+
+
+@torch.library.register_fake("capo::linear_policy_loss", lib=_lib)
+def _linear_policy_loss_fake(hidden, weight, bias, *args):
+    leaves = zip((hidden, weight, bias), args[8], strict=True)
+    grads = (hidden.new_empty(0) if not needed else x.new_empty(x.shape) for x, needed in leaves)
+    return *_policy_loss_metrics_fake(hidden), *grads
+
+
+def _linear_policy_loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[5:])
+    ctx.need_grad = inputs[11]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_policy_loss_backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 28
+    pairs = zip(ctx.saved_tensors, ctx.need_grad, strict=True)
+    return *(grad * grad_loss if needed else None for grad, needed in pairs), *(None,) * 25
+
+
+torch.library.register_autograd(
+    "capo::linear_policy_loss", _linear_policy_loss_backward, setup_context=_linear_policy_loss_setup, lib=_lib
+)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """``linear_policy_loss`` in eager mode: as above, but no second gradient of the weight is made in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, args):
+        *output, grad_hidden, grad_weight, grad_bias = torch.ops.capo.linear_policy_loss(hidden, weight, bias, *args)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.need_grad = args[8]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None, None, None
+        grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.need_grad, strict=True)]
+        if grad_loss.device.type == "cpu" and grad_loss == 1:
+            return *grads, None
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None
+
+
+def linear_policy_loss(
+    hidden, weight, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, bias,
+    temperature, softcap, vocab_size, chunk_bytes, group,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(loss, logprobs, entropy, clip_fraction, kl); see ``capo.linear_policy_loss``."""
+    op = "linear_policy_loss"
+    hidden, weight, bias = _head(op, hidden, weight, bias, labels)
+    tokens = _token_args(
+        op, hidden, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
+    )
+    row_temperature = _row_temperature(op, temperature, hidden)
+    _require(
+        temperature is None or rule.temperature == 1,
+        lambda: f"{op}: temperature of each row and rule.temperature={rule.temperature}; leave one of them out",
+    )
+    options = _head_options(op, weight, softcap, vocab_size, chunk_bytes, group)
+    grad_mode = torch.is_grad_enabled()
+    need_grad = [grad_mode and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    args = (*tokens, row_temperature, need_grad, *options, *_fields(rule))
+    if not any(need_grad) or torch.compiler.is_compiling():
+        return torch.ops.capo.linear_policy_loss(hidden, weight, bias, *args)[:5]
+    return _LinearPolicyLoss.apply(hidden, weight, bias, args)
+
+
+# ---- linear_logprobs: hidden states and the weight of the head -> log-probabilities and entropies, no gradient
+
+_lib.define(
+    f"linear_logprobs({_HEAD_ARGS}, Tensor labels, Tensor? mask, Tensor? row_temperature, float temperature, "
+    f"{_HEAD_OPTIONS}) -> (Tensor, Tensor)",
+    tags=_PT2,
+)
+
+
+@torch.library.impl(_lib, "linear_logprobs", "CompositeExplicitAutograd")
+def _linear_logprobs(hidden, *args):
+    from capo import linear
+
+    return linear.logprobs(hidden, *args)
+
+
+@torch.library.register_fake("capo::linear_logprobs", lib=_lib)
+def _linear_logprobs_fake(hidden, *args):
+    return tuple(hidden.new_empty((hidden.shape[0],), dtype=torch.float32) for _ in range(2))
+
+
+def linear_logprobs(
+    hidden, weight, labels, temperature, mask, bias, softcap, vocab_size, chunk_bytes, group
+) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy); see ``capo.linear_logprobs``."""
+    op = "linear_logprobs"
+    hidden, weight, bias = _head(op, hidden, weight, bias, labels)
+    per_row = isinstance(temperature, Tensor)
+    row_temperature = _row_temperature(op, temperature if per_row else None, hidden)
+    scalar = 1.0 if per_row else temperature
+    _require(
+        isinstance(scalar, float | int) and 0 < scalar < float("inf"),
+        lambda: f"{op}: temperature must be finite and above 0, got {temperature!r}",
+    )
+    mask = _row_mask(op, mask, hidden)
+    options = _head_options(op, weight, softcap, vocab_size, chunk_bytes, group)
+    with torch.no_grad():
+        return torch.ops.capo.linear_logprobs(
+            hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
+            labels.to(torch.int64).contiguous(), mask, row_temperature, float(scalar), *options,
+        )  # fmt: skip
+
+
+# ---- checks shared by the ops
 
 
 def _check_logits(op: str, logits: Tensor, labels: Tensor) -> None:
@@ -244,35 +359,137 @@ def _check_logits(op: str, logits: Tensor, labels: Tensor) -> None:
             "call .contiguous() on them"
         ),
     )
+    _check_rows_labels(op, logits, labels, "logits")
+
+
+def _token_args(
+    op, rows, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
+) -> tuple[Tensor | None, ...]:
+    """The values of each token, checked, as the ops take them; ``rows`` has their number and device."""
     _require(
-        labels.shape == (logits.shape[0],) and labels.dtype in (torch.int32, torch.int64),
-        lambda: f"{op}: labels must be int64 [{logits.shape[0]}], got {_about(labels)}",
+        cu_seqlens.dim() == 1 and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.shape[0] > 0,
+        lambda: f"{op}: cu_seqlens must be int32 or int64 [B + 1], got {_about(cu_seqlens)}",
     )
-    _require(labels.device == logits.device, lambda: f"{op}: labels are on {labels.device}, logits on {logits.device}")
+    if rule.kl_coef > 0:
+        _require(ref_logprobs is not None, lambda: f"{op}: kl_coef={rule.kl_coef} needs ref_logprobs")
+    else:
+        ref_logprobs = None
+    if rule.importance_cap is not None:
+        _require(rollout_logprobs is not None, lambda: f"{op}: importance_cap needs rollout_logprobs")
+    else:
+        rollout_logprobs = None
+    return (
+        labels.to(torch.int64).contiguous(),
+        _row_floats(op, "credit (advantages)", advantages, rows),
+        _row_floats(op, "old_logprobs", old_logprobs, rows),
+        cu_seqlens.to(device=rows.device, dtype=torch.int64).contiguous(),
+        _row_floats(op, "ref_logprobs", ref_logprobs, rows),
+        _row_mask(op, mask, rows),
+        _row_floats(op, "rollout_logprobs", rollout_logprobs, rows),
+    )
 
 
-def _row_floats(op: str, name: str, values: Tensor | None, logits: Tensor) -> Tensor | None:
+def _head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> list:
+    """Hidden states, weight and bias, checked, in the type that autocast wants."""
+    device = hidden.device.type
+    wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    head = [_head_tensor(op, *named, wanted) for named in (("hidden", hidden), ("weight", weight))]
+    hidden, weight = head
+    _require(
+        hidden.dim() == 2 and hidden.dtype in LOGIT_DTYPES,
+        lambda: f"{op}: hidden must be float32, bfloat16 or float16 [N, H], got {_about(hidden)}",
+    )
+    _require(
+        weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[1],
+        lambda: f"{op}: weight must be [V, {hidden.shape[1]}] with V > 0, got {_about(weight)}",
+    )
+    _require_like(op, "weight", weight, hidden)
+    _check_rows_labels(op, hidden, labels, "hidden")
+    if bias is None:
+        return [*head, None]
+    given = _head_tensor(op, "bias", bias, wanted)
+    _require(given.shape == (weight.shape[0],), lambda: f"{op}: bias must be [{weight.shape[0]}], got {_about(given)}")
+    _require_like(op, "bias", given, hidden)
+    return [*head, given]
+
+
+def _head_tensor(op: str, name: str, x: Tensor, wanted: torch.dtype | None) -> Tensor:
+    _require(
+        not hasattr(x, "device_mesh"),
+        lambda: (
+            f"{op}: {name} must be a plain tensor, got {type(x).__name__}; of a DTensor give full_tensor() or, for "
+            "a weight sharded over the vocabulary, to_local() with group=<its process group>"
+        ),
+    )
+    return x if wanted is None or x.dtype not in LOGIT_DTYPES else x.to(wanted)
+
+
+def _require_like(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
+    _require(
+        x.dtype == hidden.dtype and x.device == hidden.device,
+        lambda: f"{op}: {name} must have the dtype and device of hidden, {_about(hidden)}, got {_about(x)}",
+    )
+
+
+def _head_options(op, weight, softcap, vocab_size, chunk_bytes, group) -> tuple:
+    _require(
+        softcap is None or 0 < softcap < float("inf"),
+        lambda: f"{op}: softcap must be finite and above 0, or None, got {softcap!r}",
+    )
+    if group is None:
+        _require(
+            vocab_size is None or 0 < vocab_size <= weight.shape[0],
+            lambda: f"{op}: vocab_size must be 1 to {weight.shape[0]}, or None, got {vocab_size!r}",
+        )
+    _require(chunk_bytes > 0, lambda: f"{op}: chunk_bytes must be above 0, got {chunk_bytes!r}")
+    return (
+        None if softcap is None else float(softcap),
+        vocab_size,
+        chunk_bytes,
+        None if group is None else group.group_name,
+    )
+
+
+def _row_temperature(op: str, temperature: Tensor | None, rows: Tensor) -> Tensor | None:
+    values = _row_floats(op, "temperature", temperature, rows)
+    if values is not None and values.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~((values > 0) & values.isfinite())
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"{op}: temperature must be finite and above 0, got {values[row].item()} in row {row}")
+    return values
+
+
+def _check_rows_labels(op: str, rows: Tensor, labels: Tensor, name: str) -> None:
+    _require(
+        labels.shape == (rows.shape[0],) and labels.dtype in (torch.int32, torch.int64),
+        lambda: f"{op}: labels must be int64 [{rows.shape[0]}], got {_about(labels)}",
+    )
+    _require(labels.device == rows.device, lambda: f"{op}: labels are on {labels.device}, {name} on {rows.device}")
+
+
+def _row_floats(op: str, name: str, values: Tensor | None, rows: Tensor) -> Tensor | None:
     if values is None:
         return None
     _require(
-        isinstance(values, Tensor) and values.shape == (logits.shape[0],) and values.is_floating_point(),
+        isinstance(values, Tensor) and values.shape == (rows.shape[0],) and values.is_floating_point(),
         lambda: (
-            f"{op}: {name} must be float [{logits.shape[0]}], got "
+            f"{op}: {name} must be float [{rows.shape[0]}], got "
             f"{_about(values) if isinstance(values, Tensor) else type(values).__name__}"
         ),
     )
-    _require(values.device == logits.device, lambda: f"{op}: {name} is on {values.device}, logits on {logits.device}")
+    _require(values.device == rows.device, lambda: f"{op}: {name} is on {values.device}, the rows on {rows.device}")
     return values.detach().to(torch.float32).contiguous()
 
 
-def _row_mask(op: str, mask: Tensor | None, logits: Tensor) -> Tensor | None:
+def _row_mask(op: str, mask: Tensor | None, rows: Tensor) -> Tensor | None:
     if mask is None:
         return None
     given = mask  # never None, also inside the lambdas
-    _require(given.shape == (logits.shape[0],), lambda: f"{op}: mask must be [{logits.shape[0]}], got {_about(given)}")
-    _require(given.device == logits.device, lambda: f"{op}: mask is on {given.device}, logits on {logits.device}")
+    _require(given.shape == (rows.shape[0],), lambda: f"{op}: mask must be [{rows.shape[0]}], got {_about(given)}")
+    _require(given.device == rows.device, lambda: f"{op}: mask is on {given.device}, the rows on {rows.device}")
     if mask.dtype != torch.bool:
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and checks_values(mask.device.type):
             other = (mask != 0) & (mask != 1)
             if bool(other.any()):
                 row = int(other.nonzero()[0])

@@ -7,12 +7,22 @@ import json
 import math
 import mmap
 import os
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capo.critique import Critique, CritiqueError, parse
+import numpy as np
+
+from capo.critique import REASONS, check_nonce, read_votes
+
+try:
+    from capo import _native
+except ImportError:  # built without the native module
+    _native = None
 
 try:
     import orjson
@@ -74,7 +84,8 @@ class Row(NamedTuple):
 
 @dataclass(slots=True)
 class Response:
-    """One response of a rollout row. ``outcome`` is NaN if undecided, None if the answer is yet to be verified."""
+    """One response of a rollout row. ``outcome`` is NaN if undecided, None if the answer is yet to be verified;
+    ``token_ids`` are the bytes of int32 values, None if they are yet to be encoded."""
 
     id: str
     line: int
@@ -85,14 +96,14 @@ class Response:
     outcome: float | None
     answer: str | None
     text: str | None
-    token_ids: list[int] | None
+    token_ids: bytes | None
     num_logprobs: int | None
     group: int = -1
 
     @property
     def size(self) -> int:
         """What it takes of a chunk: its tokens, about, if it is not encoded yet, and something for itself."""
-        return 8 + (len(self.token_ids) if self.token_ids is not None else len(self.text or "") // 3)
+        return 8 + (len(self.token_ids) // 4 if self.token_ids is not None else len(self.text or "") // 3)
 
     def rejected(self, file: str, reason: str) -> Rejected:
         """This response as a refused row."""
@@ -126,11 +137,11 @@ def read_rows(path: Path) -> Iterator[Row]:
 def read_line(line: int, raw: bytes) -> Row | None:
     """One line of a JSON lines file; None if it is blank."""
     text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-    if not text.strip():
-        return None
     try:
         return Row(line, orjson.loads(text), None, raw)
     except orjson.JSONDecodeError as error:
+        if not text.strip():
+            return None
         # Python writes NaN and Infinity, which are no JSON. Where they matter is found out value by value.
         record = _with_nan(text) if b"NaN" in text or b"Infinity" in text else None
         reason = None if record is not None else f"not valid JSON: {error}"
@@ -192,8 +203,9 @@ def _response(
         raise BadRow(f"a response must be an object or a string, got {_kind(element)}")
     token_ids = element.get("token_ids")
     text = _first(element, "response", "text", "completion")
+    packed = None
     if token_ids is not None:
-        check_token_ids(token_ids, vocabulary)
+        packed = pack_token_ids(token_ids, vocabulary)
     elif text is None:
         raise BadRow("missing key: a response needs token_ids or text")
     if text is not None:
@@ -215,21 +227,28 @@ def _response(
         outcome=_outcome(element),
         answer=answer,
         text=text,
-        token_ids=token_ids,
+        token_ids=packed,
         num_logprobs=num_logprobs,
     )
 
 
-def check_token_ids(token_ids: Any, vocabulary: int) -> None:
-    """Raise BadRow unless this is a list of integers in [0, vocabulary)."""
+def pack_token_ids(token_ids: Any, vocabulary: int) -> bytes:
+    """A list of integers in [0, vocabulary) as the bytes of int32 values.
+
+    Raises:
+        BadRow: it is something else.
+    """
     if not isinstance(token_ids, list):
         raise BadRow(f"token_ids must be a list, got {_kind(token_ids)}")
-    if not set(map(type, token_ids)) <= {int}:
-        place = next(i for i, value in enumerate(token_ids) if type(value) is not int)
-        raise BadRow(f"token_ids must be integers, got {_kind(token_ids[place])} at position {place}")
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocabulary):
-        place = next(i for i, value in enumerate(token_ids) if not 0 <= value < vocabulary)
-        raise BadRow(f"token id {token_ids[place]} at position {place} is outside the vocabulary of {vocabulary}")
+    if _native is not None and (packed := _native.pack_ids(token_ids, vocabulary)) is not None:
+        return packed
+    for place, value in enumerate(token_ids):
+        if type(value) is not int:
+            raise BadRow(f"token_ids must be integers, got {_kind(value)} at position {place}")
+    for place, value in enumerate(token_ids):
+        if not 0 <= value < vocabulary:
+            raise BadRow(f"token id {value} at position {place} is outside the vocabulary of {vocabulary}")
+    return array("i", token_ids).tobytes()
 
 
 def _outcome(element: dict) -> float | None:
@@ -277,19 +296,21 @@ def _answer(record: dict) -> str | None:
 
 
 def _identifier(record: dict, *names: str) -> str | None:
-    value = _first(record, *names)
-    if type(value) is int:
-        return str(value)
-    if value is not None:
-        name = next(name for name in names if record.get(name) is not None)
-        _check_text(name, value, "a string or an integer")
-    return value
+    for name in names:
+        if (value := record.get(name)) is not None:
+            if type(value) is int:
+                return str(value)
+            _check_text(name, value, "a string or an integer")
+            return value
+    return None
 
 
 def _check_text(name: str, value: Any, wanted: str = "a string") -> None:
     """Raise BadRow unless this is a string that can be written as UTF-8; one from JSON always can."""
     if not isinstance(value, str):
         raise BadRow(f"{name} must be {wanted}, got {_kind(value)}")
+    if value.isascii():
+        return
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -319,90 +340,125 @@ def _kind(value: Any) -> str:
 
 
 @dataclass(slots=True)
+class Heard:
+    """What the critiques of one response say: for each a judge's reply, or the list of steps it flags, or None; and
+    ``about`` it the nonce of the reply, or why there is None: a reason, or None where no reply came."""
+
+    said: list[str | list[int] | None]
+    about: list[str | None]
+
+
+@dataclass(frozen=True)
 class Votes:
-    """What the critiques of one response say: a `Critique` each, or None for one that abstains."""
+    """The votes of B responses on their steps.
 
-    critiques: list[Critique | None] = field(default_factory=list)
-    failed: int = 0
-    reasons: list[str] = field(default_factory=list)  # of the invalid ones
+    Args:
+        table: int8 [M, K], see `capo.critique.vote_table`.
+        given, valid, invalid, failed: int64 [B], how many critiques.
+        silent: bool [B], the responses of which no critiques are known.
+        reasons: invalid critiques by reason.
+    """
 
-    @property
-    def valid(self) -> int:
-        return len(self.critiques) - self.failed - len(self.reasons)
+    table: np.ndarray
+    given: np.ndarray
+    valid: np.ndarray
+    invalid: np.ndarray
+    failed: np.ndarray
+    silent: np.ndarray
+    reasons: Counter[str]
 
-
-NO_VOTES = Votes()
+    @classmethod
+    def of(cls, heard: list[Heard | None], cu_steps: np.ndarray, num_votes: int | None) -> Votes:
+        """Read what was heard of each response, if anything; ``num_votes`` is K, None takes the most that one has."""
+        known = [one for one in heard if one is not None]
+        said = list(chain.from_iterable([one.said for one in known]))
+        about = list(chain.from_iterable([one.about for one in known]))
+        given = np.array([0 if one is None else len(one.said) for one in heard], np.int64)
+        cu_said = np.concatenate([np.zeros(1, np.int64), np.cumsum(given)])
+        width = int(given.max(initial=0)) if num_votes is None else num_votes
+        table, states = read_votes(said, about, cu_said, cu_steps, width)
+        unsaid = np.flatnonzero(states == 255)
+        lost = unsaid[[about[place] is None for place in unsaid.tolist()]]
+        counts = np.bincount(states, minlength=1 + len(REASONS))
+        reasons = Counter({reason.value: int(counts[1 + i]) for i, reason in enumerate(REASONS) if counts[1 + i]})
+        reasons.update(why for place in unsaid.tolist() if (why := about[place]) is not None)
+        response = np.repeat(np.arange(len(heard)), given)
+        valid = np.bincount(response[states == 0], minlength=len(heard))
+        failed = np.bincount(response[lost], minlength=len(heard))
+        silent = np.array([one is None for one in heard], bool)
+        return cls(table, given, valid, given - valid - failed, failed, silent, reasons)
 
 
 class CritiqueIndex:
-    """Where the critiques of each response lie; rows are read when their response is scored, whatever their order.
+    """Where the critiques of each response lie. Rows are read until those wanted are found: once only if they come in the
+    order of the responses, and if they do not, again when their response is scored.
 
     Args:
         file: name of the source, for messages.
+        rows: the rows, each with what finds it again: the record itself, or its first and last byte in ``data``.
+        data: bytes of the file.
     """
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, rows: Iterator[tuple[Row, Any]], data: Any = None) -> None:
         self.file = file
-        self.rejected: list[Rejected] = []
-        self._rows: list[tuple[int, Any]] = []  # line number; record, or first and last byte
+        self._unread = rows
+        self._data = data
+        self._rows: list[tuple[int, Any]] = []  # line number; what finds it again
         self._places: dict[str | tuple[int, int], int] = {}
+        self._last_read: Any = None  # the record of the last of these rows
         self._taken: set[int] = set()
-        self._data: Any = None
-        self._unreadable = 0  # how many were refused when the index was made
+        self._unreadable: list[Rejected] = []
+        self._refused: list[Rejected] = []
 
     @classmethod
     def of_file(cls, path: Path) -> CritiqueIndex:
-        """Index a JSON lines file; a row without place or content is refused."""
-        index = cls(str(path))
+        """Of a JSON lines file; a row without place or content is refused."""
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                return index
-            index._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 0
-        for line, raw in enumerate(iter(index._data.readline, b""), 1):
-            row = read_line(line, raw)
-            if row is not None:
-                index._add(row, (start, start + len(raw)))
-            start += len(raw)
-        index._unreadable = len(index.rejected)
-        return index
+                return cls(str(path), iter(()))
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls(str(path), _placed_rows(data), data)
 
     @classmethod
     def of_records(cls, records: Iterable[dict]) -> CritiqueIndex:
-        """Index records in memory."""
-        index = cls("critiques")
-        for line, record in enumerate(records, 1):
-            index._add(Row(line, record, None, b""), record)
-        index._unreadable = len(index.rejected)
-        return index
+        """Of records in memory."""
+        return cls("critiques", ((Row(line, record, None, b""), record) for line, record in enumerate(records, 1)))
 
-    def take(self, response: Response, num_steps: int, num_votes: int | None) -> Votes:
-        """The votes of one response; critiques that do not fit it are refused, and then it has none."""
-        found = [self._places[key] for key in (response.id, (response.line - 1, response.index)) if key in self._places]
-        if not found:
-            return NO_VOTES
-        place, *others = dict.fromkeys(found)
+    def take(self, response: Response, num_steps: int, num_votes: int | None) -> Heard | None:
+        """The critiques of one response; those that do not fit it are refused, and then it has none."""
+        keys = response.id, (response.line - 1, response.index)
+        while not (found := [self._places[key] for key in keys if key in self._places]):
+            if not self._read_row():
+                return None
+        place, *others = sorted(set(found))
         self._taken.update(found)
         for other in others:
             self._refuse(other, f"a second row of critiques of response {response.id}")
         try:
-            return votes_of(self._record(place), num_steps, num_votes)
+            return critiques_of(self._record(place), num_steps, num_votes)
         except BadRow as error:
             self._refuse(place, str(error))
-            return NO_VOTES
+            return None
 
-    def refuse_untaken(self) -> None:
-        """Refuse all critiques whose response never came."""
+    def rejected(self) -> list[Rejected]:
+        """All rows that were refused, and those whose response never came."""
+        while self._read_row():
+            pass
         for place in range(len(self._rows)):
             if place not in self._taken:
-                self._refuse(place, "critiques of a response that is not there, or was refused")
+                self._refuse(place, "critiques of a response that is not there, was refused, or has others already")
+        return sorted(self._unreadable + self._refused, key=lambda rejected: rejected.line)
 
     def reset(self) -> None:
-        """Forget which critiques were taken, and what was refused since the index was made."""
+        """Forget which critiques were taken or refused."""
         self._taken.clear()
-        del self.rejected[self._unreadable :]
+        self._refused.clear()
 
-    def _add(self, row: Row, where: Any) -> None:
+    def _read_row(self) -> bool:
+        """Read one more row, if there is one."""
+        row, where = next(self._unread, (None, None))
+        if row is None:
+            return False
         try:
             if row.error is not None:
                 raise BadRow(row.error)
@@ -415,12 +471,16 @@ class CritiqueIndex:
                 raise BadRow(f"critiques must be a list, got {_kind(critiques)}")
         except BadRow as error:
             content = row.raw if row.error is not None else row.record
-            self.rejected.append(Rejected(self.file, row.line, None, str(error), content))
-            return
+            self._unreadable.append(Rejected(self.file, row.line, None, str(error), content))
+            return True
         self._places[key] = len(self._rows)
         self._rows.append((row.line, where))
+        self._last_read = row.record
+        return True
 
     def _record(self, place: int) -> dict:
+        if place == len(self._rows) - 1:
+            return self._last_read
         line, where = self._rows[place]
         if self._data is None:
             return where
@@ -430,7 +490,17 @@ class CritiqueIndex:
         return row.record
 
     def _refuse(self, place: int, reason: str) -> None:
-        self.rejected.append(Rejected(self.file, self._rows[place][0], None, reason, self._record(place)))
+        self._refused.append(Rejected(self.file, self._rows[place][0], None, reason, self._record(place)))
+
+
+def _placed_rows(data: Any) -> Iterator[tuple[Row, tuple[int, int]]]:
+    """The rows of a file of JSON lines, each with its first and last byte."""
+    start = 0
+    for line, raw in enumerate(iter(data.readline, b""), 1):
+        end = start + len(raw)
+        if (row := read_line(line, raw)) is not None:
+            yield row, (start, end)
+        start = end
 
 
 def _critique_key(record: Any) -> str | tuple[int, int]:
@@ -448,8 +518,8 @@ def _critique_key(record: Any) -> str | tuple[int, int]:
     return prompt_index, response_index
 
 
-def votes_of(record: dict, num_steps: int, num_votes: int | None) -> Votes:
-    """The critiques of a row, read.
+def critiques_of(record: dict, num_steps: int, num_votes: int | None) -> Heard:
+    """The critiques of a row.
 
     Args:
         record: the row.
@@ -462,46 +532,45 @@ def votes_of(record: dict, num_steps: int, num_votes: int | None) -> Votes:
     items = record["critiques"]
     if num_votes is not None and len(items) > num_votes:
         raise BadRow(f"{len(items)} critiques, but there are to be {num_votes} votes")
-    votes = Votes()
+    heard = Heard([], [])
     nonce = record.get("nonce")
     for position, item in enumerate(items):
         try:
-            critique = _critique(item, nonce, num_steps)
+            said, about = _critique(item, nonce, num_steps)
         except ValueError as error:
             raise BadRow(f"critique {position}: {error}") from error
-        votes.critiques.append(critique if isinstance(critique, Critique) else None)
-        if critique is None:
-            votes.failed += 1
-        elif isinstance(critique, str):
-            votes.reasons.append(critique)
-    return votes
+        heard.said.append(said)
+        heard.about.append(about)
+    return heard
 
 
-def _critique(item: Any, nonce: Any, num_steps: int) -> Critique | str | None:
-    """The critique, or the reason why it is invalid, or None where no reply came."""
-    if item is None:
-        return None
-    if isinstance(item, str):
-        item = {"text": item}
-    if not isinstance(item, dict):
-        raise BadRow(f"must be text, an object or null, got {_kind(item)}")
-    if "text" in item:
+def _critique(item: Any, nonce: Any, num_steps: int) -> tuple[str | list[int] | None, str | None]:
+    """What one critique says, and about it; see `Heard`."""
+    if isinstance(item, dict) and "text" in item:
         text, nonce = item["text"], item.get("nonce", nonce)
-        if text is None:
-            return None
-        if not isinstance(text, str):
-            raise BadRow(f"text must be a string, got {_kind(text)}")
-        if nonce is not None and not isinstance(nonce, str):
+    elif isinstance(item, dict):
+        return _flagged(item, num_steps)
+    else:
+        text = item
+    if text is None:
+        return None, None
+    if not isinstance(text, str):
+        what = "text must be a string" if text is not item else "must be text, an object or null"
+        raise BadRow(f"{what}, got {_kind(text)}")
+    if nonce is not None:
+        if not isinstance(nonce, str):
             raise BadRow(f"nonce must be a string, got {_kind(nonce)}")
-        try:
-            return parse(text, num_steps, nonce)
-        except CritiqueError as error:
-            return error.reason.value
+        check_nonce(nonce)
+    return text, nonce
+
+
+def _flagged(item: dict, num_steps: int) -> tuple[list[int] | None, str | None]:
+    """What a critique that was read before says."""
     valid = item.get("valid", True)
     if not isinstance(valid, bool):
         raise BadRow(f"valid must be true or false, got {_kind(valid)}")
     if not valid:
-        return str(item.get("error") or "marked_invalid")
+        return None, str(item.get("error") or "marked_invalid")
     flagged = item.get("flagged")
     if not isinstance(flagged, list):
         raise BadRow(f"needs text or a list of flagged steps, got flagged = {_kind(flagged)}")
@@ -510,4 +579,4 @@ def _critique(item: Any, nonce: Any, num_steps: int) -> Critique | str | None:
             raise BadRow(f"flagged must hold integers, got {_kind(index)}")
         if not 0 <= index < num_steps:
             raise BadRow(f"step {index} is flagged, but the response has {num_steps} steps, counted from 0")
-    return Critique(None, tuple(sorted(set(flagged))))
+    return flagged, None

@@ -191,32 +191,31 @@ def label_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> tuple[
     return logp.gather(-1, labels[:, None])[:, 0], -(logp.exp() * finite).sum(-1)
 
 
-class _Live:
-    """The live tokens of a batch: what the loss of a token is made of, [L] each."""
+def row_weights(
+    advantages: Tensor, cu_seqlens: Tensor, mask: Tensor | None, rule: LossRule, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which tokens are live, bool [N]; the response of each, [N]; its weight in the loss, [N]; unmasked tokens, [B]."""
+    lengths = cu_seqlens.diff()
+    response = torch.repeat_interleave(torch.arange(len(lengths), device=advantages.device), lengths)
+    active = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
+    counts = torch.zeros_like(lengths).index_add(0, response, active.to(lengths.dtype))
+    live = active & live_tokens(advantages, active, response, len(lengths), rule)
+    if rule.reduce == "sequence_mean":
+        weights = 1 / (counts[response] * len(lengths)).to(dtype)
+    elif rule.reduce == "token_mean":
+        weights = (1 / counts.sum().to(dtype)).expand(len(response))
+    else:
+        weights = torch.full(response.shape, 1 / (rule.constant or 1.0), dtype=dtype, device=response.device)
+    return live, response, weights, counts
 
-    def __init__(
-        self, logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
-    ):
-        lengths = cu_seqlens.diff()
-        response = torch.repeat_interleave(torch.arange(len(lengths), device=logits.device), lengths)
-        active = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
-        counts = torch.zeros_like(lengths).index_add(0, response[active], torch.ones_like(response[active]))
-        self.rows = active & live_tokens(advantages, active, response, len(lengths), rule)
-        self.logits, self.labels, self.response = logits[self.rows], labels[self.rows], response[self.rows]
-        self.logp, self.entropy = label_logprobs(self.logits, self.labels, rule.temperature)
-        dtype = self.logp.dtype
-        self.num_responses, self.num_active = len(lengths), active.sum().clamp(min=1)
-        self.counts = counts[self.response]  # active tokens of the token's response
-        self.advantages = advantages[self.rows].to(dtype)
-        self.old = None if old_logprobs is None else old_logprobs[self.rows].to(dtype)
-        self.ref = None if ref_logprobs is None else ref_logprobs[self.rows].to(dtype)
-        self.rollout = None if rollout_logprobs is None else rollout_logprobs[self.rows].to(dtype)
-        if rule.reduce == "sequence_mean":
-            self.weights = 1 / (self.counts * self.num_responses).to(dtype)
-        elif rule.reduce == "token_mean":
-            self.weights = 1 / self.num_active.to(dtype)
-        else:
-            self.weights = torch.tensor(1 / rule.constant, dtype=dtype, device=logits.device)
+
+class _Tokens:
+    """Live tokens, [L] each: what the loss of a token is made of. ``counts`` are those of its response."""
+
+    def __init__(self, logp, entropy, advantages, old, ref, rollout, response, num_responses, counts, weights):
+        self.logp, self.entropy, self.advantages = logp, entropy, advantages
+        self.old, self.ref, self.rollout = old, ref, rollout
+        self.response, self.num_responses, self.counts, self.weights = response, num_responses, counts, weights
 
     def response_mean(self, values: Tensor) -> Tensor:
         """Mean of token values over each token's response."""
@@ -271,6 +270,48 @@ class _Live:
             g = g + rule.kl_coef * self.weights * {"k1": torch.ones_like(d), "k2": d, "k3": k3}[rule.kl]
         return g, -rule.entropy_coef * self.weights * torch.ones_like(g)
 
+    def losses(self, rule: LossRule) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each token before its weight, KL estimate without gradient, and whether it is clipped."""
+        ratio, _ = self.ratio(rule)
+        bounded, clipped, dual = self.clip(ratio, rule)
+        if rule.objective == "cispo":
+            loss = -bounded * self.advantages * self.logp
+        else:
+            loss = -torch.where(clipped, bounded, ratio) * self.advantages
+            loss = torch.where(dual, -(rule.clip_dual or 0.0) * self.advantages, loss)
+        loss = loss * self.importance(rule)
+        kl = torch.zeros_like(loss)
+        if rule.kl_coef > 0:
+            d = self.logp - self.ref
+            limited = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+            kl = {"k1": d, "k2": d * d / 2, "k3": torch.exp(-limited) + limited - 1}[rule.kl]
+            loss = loss + rule.kl_coef * kl
+        if rule.entropy_coef != 0:
+            loss = loss - rule.entropy_coef * self.entropy
+        return loss, kl.detach(), clipped | dual
+
+
+class _Live(_Tokens):
+    """The live tokens of a batch."""
+
+    def __init__(
+        self, logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
+    ):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        self.rows, response, weights, counts = row_weights(advantages, cu_seqlens, mask, rule, dtype)
+        self.logits, self.labels = logits[self.rows], labels[self.rows]
+        self.num_active = counts.sum().clamp(min=1)
+
+        def of_live(values):
+            return None if values is None else values[self.rows].to(dtype)
+
+        response = response[self.rows]
+        super().__init__(
+            *label_logprobs(self.logits, self.labels, rule.temperature),
+            *map(of_live, (advantages, old_logprobs, ref_logprobs, rollout_logprobs)),
+            response, len(counts), counts[response], weights[self.rows],
+        )  # fmt: skip
+
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the live tokens in a row per token, 0 elsewhere. [N]"""
         return values.new_zeros(len(self.rows)).masked_scatter(self.rows, values.detach())
@@ -292,28 +333,13 @@ def policy_loss_terms(
     Masked and dead tokens are left out by selection, so nothing in them can reach the result.
     """
     live = _Live(logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs)
-    ratio, _ = live.ratio(rule)
-    bounded, clipped, dual = live.clip(ratio, rule)
-    if rule.objective == "cispo":
-        loss = -bounded * live.advantages * live.logp
-    else:
-        loss = -torch.where(clipped, bounded, ratio) * live.advantages
-        loss = torch.where(dual, -(rule.clip_dual or 0.0) * live.advantages, loss)
-    loss = loss * live.importance(rule)
-    kl = torch.zeros_like(loss)
-    if rule.kl_coef > 0:
-        d = live.logp - live.ref
-        limited = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        kl = {"k1": d, "k2": d * d / 2, "k3": torch.exp(-limited) + limited - 1}[rule.kl]
-        loss = loss + rule.kl_coef * kl
-    if rule.entropy_coef != 0:
-        loss = loss - rule.entropy_coef * live.entropy
+    loss, kl, clipped = live.losses(rule)
     return (
         (loss * live.weights).sum(),
         live.scatter(live.logp),
         live.scatter(live.entropy),
-        (clipped | dual).sum().to(loss.dtype) / live.num_active,
-        kl.detach().sum() / live.num_active,
+        clipped.sum().to(loss.dtype) / live.num_active,
+        kl.sum() / live.num_active,
     )
 
 
@@ -342,9 +368,33 @@ def policy_loss_gradient(
     if rule.entropy_coef != 0:
         finite = z.clamp(min=torch.finfo(z.dtype).min)
         dz = dz - h[:, None] * p * (finite - (p * finite).sum(-1, keepdim=True))
-    gradient = torch.zeros(logits.shape, dtype=g.dtype, device=logits.device)
+    gradient = torch.zeros(logits.shape, dtype=dz.dtype, device=logits.device)
     gradient[live.rows] = dz / rule.temperature
     return gradient
+
+
+class LinearLogits:
+    """Logits ``hidden @ weight.T + bias`` of which only the rows that are asked for are made; for ``policy_loss_terms``.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        bias: [V], or None.
+        temperature: [N], by which each row is divided besides ``rule.temperature``; None: 1.
+        softcap: logits z become ``softcap * tanh(z / softcap)``, before the temperature; None: off.
+        vocab_size: rows of ``weight`` from here on are left out; None: none are.
+    """
+
+    def __init__(self, hidden, weight, bias=None, temperature=None, softcap=None, vocab_size=None):
+        self.hidden, self.weight, self.bias = hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        self.temperature, self.softcap, self.dtype = temperature, softcap, hidden.dtype
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        z = torch.nn.functional.linear(self.hidden[rows], self.weight, self.bias)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        if self.softcap is not None:
+            z = (self.softcap * torch.tanh(z.to(wide) / self.softcap)).to(z.dtype)
+        return z if self.temperature is None else z.to(wide) / self.temperature[rows, None].to(wide)
 
 
 def live_tokens(advantages: Tensor, active: Tensor, response: Tensor, num_responses: int, rule: LossRule) -> Tensor:
@@ -393,6 +443,76 @@ def logprobs(logits, labels, temperature, mask):
     return tuple(torch.zeros(len(labels), device=logits.device).masked_scatter(active, v.float()) for v in values)
 
 
+# The parts of a loss over chunks of rows; see capo.linear.
+
+LOG2_E = 1.4426950408889634
+_BLOCK = 32  # rows that are in float32 at a time
+
+
+def zeros(shape, dtype, device):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def row_stats(logits, labels, temperature):
+    """Top and label's logit of each row, sums of 2^t and t 2^t with t = (logit - top) / temperature * log2(e). [L, 5]"""
+    stats = torch.zeros(len(labels), 5, dtype=torch.float64, device=logits.device)
+    for rows in torch.arange(len(labels), device=logits.device).split(_BLOCK):
+        z = logits[rows].float()
+        top, own = z.amax(-1), labels[rows]
+        t = (z - top[:, None]) * _scale(temperature, rows)
+        power = torch.exp2(t)
+        at_label = z.gather(-1, own.clamp(min=0)[:, None])[:, 0]
+        centred = torch.where(power == 0, 0.0, power * t)
+        stats[rows, 0] = top.double()
+        stats[rows, 1] = power.sum(-1, dtype=torch.float64)
+        stats[rows, 2] = centred.sum(-1, dtype=torch.float64)
+        stats[rows, 4] = torch.where(own < 0, -torch.inf, at_label).double()
+    return stats
+
+
+def row_logprobs(stats, dtype, temperature):
+    top, total, centred, _, at_label = stats.unbind(-1)
+    log_sum = total.log2()
+    logp = (at_label - top) * (LOG2_E / temperature) - log_sum
+    return (logp / LOG2_E).float(), ((log_sum - centred / total) / LOG2_E).float()
+
+
+def loss_terms(logprobs, entropy, advantages, old_logprobs, ref_logprobs, rollout_logprobs, weights, cu_seqlens, *rule):
+    lengths = cu_seqlens.diff()
+    response = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    values = advantages, old_logprobs, ref_logprobs, rollout_logprobs
+    tokens = _Tokens(logprobs, entropy, *values, response, len(lengths), lengths[response], weights)
+    return *tokens.losses(LossRule(*rule)), tokens.slopes(LossRule(*rule))[0].double()
+
+
+def row_grads(logits, out, rows, labels, stats, slopes, entropy_slopes, temperature):
+    """Writes the gradient of row ``rows[i]`` of the logits into row i of ``out``, which may be the logits if rows[i] is i
+    or i is not among the rows."""
+    for target in torch.arange(len(rows), device=logits.device).split(_BLOCK):
+        source = rows[target]
+        top, total, centred = (x[:, None].float() for x in stats[source, :3].unbind(-1))
+        g, h = slopes[source, None].float(), entropy_slopes[source, None].float()
+        scale = _scale(temperature, source)
+        t = (logits[source].float() - top) * scale
+        p = torch.exp2(t) / total
+        dz = -g * p - h * p * (torch.where(p == 0, 0.0, t) - centred / total) / LOG2_E
+        own = labels[source, None]
+        dz.scatter_add_(-1, own.clamp(min=0), torch.where(own < 0, 0.0, g))
+        out[target] = (dz * (scale / LOG2_E)).to(out.dtype)
+
+
+def exponent_rate(temperature: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """Factor from logits to exponents of two in the sums over rows of this type."""
+    if dtype == torch.float32:
+        return LOG2_E / (temperature.double() if isinstance(temperature, Tensor) else temperature)
+    return (LOG2_E / torch.as_tensor(temperature, dtype=torch.float64)).float().double()
+
+
+def _scale(temperature: Tensor | float, rows: Tensor) -> Tensor | float:
+    """Factor from logits to exponents of two."""
+    return LOG2_E / (temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
+
+
 def check_credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, num_tokens):
     """Raise ValueError for the first thing that contradicts the layout of a ``Credit``."""
     if outcomes.isinf().any():
@@ -426,14 +546,19 @@ def check_cumulative(op, name, values, total):
 
 def check_rows(op, logits, labels, mask, cu_seqlens=None):
     """Raise ValueError for a label outside the vocabulary in an unmasked row, or cu_seqlens that do not fit."""
-    bad = (labels < 0) | (labels >= logits.shape[1])
+    check_labels(op, labels, logits.shape[1], mask)
+    if cu_seqlens is not None:
+        check_cumulative(op, "cu_seqlens", cu_seqlens, logits.shape[0])
+
+
+def check_labels(op, labels, vocab, mask=None):
+    """Raise ValueError for a label outside the vocabulary in an unmasked row."""
+    bad = (labels < 0) | (labels >= vocab)
     if mask is not None:
         bad &= mask
     if bad.any():
         row = _first(bad)
-        raise ValueError(f"{op}: label {int(labels[row])} in row {row} is outside the vocabulary of {logits.shape[1]}")
-    if cu_seqlens is not None:
-        check_cumulative(op, "cu_seqlens", cu_seqlens, logits.shape[0])
+        raise ValueError(f"{op}: label {int(labels[row])} in row {row} is outside the vocabulary of {vocab}")
 
 
 def _first(flags: Tensor) -> int:

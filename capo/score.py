@@ -13,12 +13,11 @@ import json
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,8 +27,8 @@ import torch
 
 import capo
 from capo.credit import Credit, CreditRule
-from capo.critique import Agreement, agreement, vote_table
-from capo.records import NO_VOTES, CritiqueIndex, Rejected, Response, Row, Votes, read_rows, responses_of
+from capo.critique import Agreement, agreement
+from capo.records import CritiqueIndex, Rejected, Response, Row, Votes, pack_token_ids, read_rows, responses_of
 from capo.reference import step_weights
 from capo.steps import segment
 from capo.tokenizer import Tokenizer, load_tokenizer
@@ -41,7 +40,9 @@ try:
 except ImportError as error:
     raise ImportError("writing parquet needs pyarrow: pip install 'capo[score]'") from error
 
-CHUNK_TOKENS = 1 << 18  # tokens scored at a time, and about those of a row group; at least one whole group
+CHUNK_TOKENS = 1 << 19  # tokens scored at a time, and about those of a row group; at least one whole group
+_CHUNKS_AHEAD = 2  # one that is encoded on all cores, and one whose ids are handed over on one
+_THREADS = _CHUNKS_AHEAD + 1  # for these, and to write
 _SHOWN_REJECTS = 10
 
 SCHEMA = pa.schema(
@@ -88,6 +89,7 @@ class ScoreSummary:
         bad_rows: refused rows, or responses of rows.
         bad_row_examples: the first of them.
         seconds: wall time.
+        undecided_reasons: undecided responses that were verified, by reason; see `capo.verify.Verifier.counts`.
     """
 
     responses: int
@@ -107,6 +109,7 @@ class ScoreSummary:
     bad_rows: int
     bad_row_examples: tuple[str, ...]
     seconds: float
+    undecided_reasons: dict[str, int] = field(default_factory=dict)
 
 
 class Scored(NamedTuple):
@@ -123,6 +126,7 @@ class _Options:
     rule: CreditRule
     delimiter: str
     num_votes: int | None
+    verifier: Verifier
 
 
 def score(
@@ -146,6 +150,7 @@ def score(
 
     Raises:
         InputError: an argument is at fault. Rows never raise; see ``Scored.rejected``.
+        VerifierError: answers need Math-Verify, which does not start.
     """
     options = _options(tokenizer, rule, delimiter, num_votes, critiques is not None)
     index = CritiqueIndex.of_records(critiques or ())
@@ -153,7 +158,8 @@ def score(
     batches: list[pa.RecordBatch] = []
     rejected: list[Rejected] = []
     run = _Run(options, index, "rollouts", batches.append, rejected.append)
-    run.all_at_once(rows)
+    with options.verifier:
+        run.all_at_once(rows)
     return Scored(pa.Table.from_batches(batches, _schema(options)), run.summary(), rejected)
 
 
@@ -190,6 +196,7 @@ def score_file(
     Raises:
         InputError: an argument is at fault; nothing was written.
         OSError: reading or writing failed; nothing was left behind.
+        VerifierError: answers need Math-Verify, which does not start; nothing was left behind.
     """
     started = time.perf_counter()
     rollouts, out = Path(rollouts), Path(out)
@@ -202,10 +209,11 @@ def score_file(
         _check_parquet(rollouts)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_garbage_collection())
+        stack.enter_context(options.verifier)
         table = stack.enter_context(_draft(out))
         listing = stack.enter_context(_draft(rejects))
         report = None if summary is None else stack.enter_context(_draft(summary))
-        index = CritiqueIndex("critiques") if critiques is None else CritiqueIndex.of_file(critiques)
+        index = CritiqueIndex.of_records(()) if critiques is None else CritiqueIndex.of_file(critiques)
 
         def attempt(read: Callable[[_Run, Iterator[Row]], None]) -> _Run:
             for draft in (table, listing):
@@ -259,7 +267,7 @@ class _Run:
         write: takes each batch of `SCHEMA`, in another thread.
         reject: takes each refused row.
 
-    Text is encoded and batches are written in another thread, a chunk ahead and a chunk behind: both are native code.
+    Text is encoded some chunks ahead and batches are written a chunk behind, in other threads: both are native code.
     """
 
     def __init__(
@@ -272,62 +280,70 @@ class _Run:
     ) -> None:
         self.options = options
         self.tallies = _Tallies()
+        self._verified = options.verifier.counts
         self._critiques = critiques
         self._file = file
         self._write = write
         self._reject_to = reject
         self._group_numbers: dict[Any, int] = {}
         self._ids: set[str] = set()
-        self._ahead: tuple[list[Response], Future | None] = [], None
+        self._ahead: deque[tuple[list[Response], Future | None]] = deque()
         self._writing: Future | None = None
 
     def in_chunks(self, rows: Iterable[Row]) -> None:
         """Score rows whose groups are adjacent; raises `_ScatteredGroup` as soon as they are not."""
         chunk: list[Response] = []
         size, first_open = 0, 0
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(_THREADS) as threads:
             for response in self._responses(rows):
                 if response.group < first_open:
                     raise _ScatteredGroup
                 if size >= CHUNK_TOKENS and response.group != chunk[-1].group:
                     first_open = response.group
-                    self._push(chunk, thread)
+                    self._push(chunk, threads)
                     chunk, size = [], 0
                 chunk.append(response)
                 size += response.size
-            self._finish([chunk], thread)
+            self._finish([chunk], threads)
 
     def all_at_once(self, rows: Iterable[Row]) -> None:
         """Score rows in any order; the responses of a group come out together."""
         groups: dict[int, list[Response]] = {}
         for response in self._responses(rows):
             groups.setdefault(response.group, []).append(response)
-        with ThreadPoolExecutor(1) as thread:
-            self._finish(_chunks(groups.values()), thread)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            self._finish(_chunks(groups.values()), threads)
 
     def summary(self) -> ScoreSummary:
-        return self.tallies.summary()
+        verified = self.options.verifier.counts - self._verified
+        reasons = {name.split("/")[1]: number for name, number in verified.items() if name.startswith("undecided/")}
+        return dataclasses.replace(self.tallies.summary(), undecided_reasons=reasons)
 
-    def _finish(self, chunks: Iterable[list[Response]], thread: ThreadPoolExecutor) -> None:
-        for chunk in chain(chunks, [[]]):
-            self._push(chunk, thread)
+    def _finish(self, chunks: Iterable[list[Response]], threads: ThreadPoolExecutor) -> None:
+        for chunk in chunks:
+            self._push(chunk, threads)
+        while self._ahead:
+            self._score_next(threads)
         if self._writing is not None:
             self._writing.result()
-        self._critiques.refuse_untaken()
-        for rejected in self._critiques.rejected:
+        for rejected in self._critiques.rejected():
             self._reject(rejected)
 
-    def _push(self, chunk: list[Response], thread: ThreadPoolExecutor) -> None:
-        """Begin to encode a chunk of whole groups, and score the one before."""
+    def _push(self, chunk: list[Response], threads: ThreadPoolExecutor) -> None:
+        """Begin to encode a chunk of whole groups, and score the one that is longest under way."""
         texts = [response.text or "" for response in chunk if response.token_ids is None]
         if texts and self.options.tokenizer.why_not:
             raise InputError(f"a response is given as text and cannot be encoded: {self.options.tokenizer.why_not}")
-        ahead = chunk, thread.submit(self.options.tokenizer.encode, texts) if texts else None
-        (chunk, encoded), self._ahead = self._ahead, ahead
-        batch = self._scored(chunk, encoded.result() if encoded else [])
+        self._ahead.append((chunk, threads.submit(self.options.tokenizer.encode, texts) if texts else None))
+        if len(self._ahead) > _CHUNKS_AHEAD:
+            self._score_next(threads)
+
+    def _score_next(self, threads: ThreadPoolExecutor) -> None:
+        chunk, encoding = self._ahead.popleft()
+        batch = self._scored(chunk, encoding.result() if encoding else [])
         if self._writing is not None:
             self._writing.result()
-        self._writing = thread.submit(self._write, batch) if batch is not None else None
+        self._writing = threads.submit(self._write, batch) if batch is not None else None
 
     def _responses(self, rows: Iterable[Row]) -> Iterator[Response]:
         """The responses that can be used, each with the number of its group, in order of first appearance."""
@@ -355,19 +371,22 @@ class _Run:
         if not responses:
             return None
         self._verify(responses)
-        token_ids, cu_seqlens = _flat([response.token_ids for response in responses], np.int32)
+        packed_ids = [response.token_ids or b"" for response in responses]
+        token_ids = np.frombuffer(bytearray().join(packed_ids), np.int32)
+        cu_seqlens = np.zeros(len(responses) + 1, np.int64)
+        np.cumsum([len(ids) // 4 for ids in packed_ids], out=cu_seqlens[1:])
         packed = torch.from_numpy(token_ids), torch.from_numpy(cu_seqlens)
         steps = segment(*packed, options.tokenizer.token_bytes, options.delimiter)
-        num_steps = steps.cu_steps.diff().tolist()
+        cu_steps = steps.cu_steps.numpy()
         heard = [
             self._critiques.take(response, count, options.num_votes)
-            for response, count in zip(responses, num_steps, strict=True)
+            for response, count in zip(responses, np.diff(cu_steps).tolist(), strict=True)
         ]
-        votes = vote_table([one.critiques for one in heard], num_steps, options.num_votes)
+        votes = Votes.of(heard, cu_steps, options.num_votes)
         outcomes = torch.tensor([response.outcome for response in responses], dtype=torch.float32)
         groups = torch.tensor([response.group for response in responses], dtype=torch.int32)
-        credit = Credit(outcomes, votes, steps, packed[1], groups, options.rule)
-        chunk = _Chunk(responses, heard, token_ids, credit, credit.advantages().numpy())
+        credit = Credit(outcomes, torch.from_numpy(votes.table), steps, packed[1], groups, options.rule)
+        chunk = _Chunk(responses, votes, token_ids, credit, credit.advantages().numpy())
         self.tallies.add(chunk)
         return chunk.batch(options)
 
@@ -377,8 +396,8 @@ class _Run:
         kept = []
         for response in responses:
             if response.token_ids is None:
-                response.token_ids = next(rest)
-            length = len(response.token_ids)
+                response.token_ids = pack_token_ids(next(rest), len(self.options.tokenizer.token_bytes))
+            length = len(response.token_ids) // 4
             if response.num_logprobs in (None, length):
                 kept.append(response)
             else:
@@ -391,8 +410,10 @@ class _Run:
         open_ones = [response for response in responses if response.outcome is None and response.answer is not None]
         # What the policy sampled is what is verified, and that is the ids.
         join = self.options.tokenizer.token_bytes.join
-        texts = [join(response.token_ids or ()).decode("utf-8", "replace") for response in open_ones]
-        verified = Verifier().verify(texts, [response.answer or "" for response in open_ones])
+        texts = [
+            join(memoryview(response.token_ids or b"").cast("i")).decode("utf-8", "replace") for response in open_ones
+        ]
+        verified = self.options.verifier.verify(texts, [response.answer or "" for response in open_ones])
         for response, outcome in zip(open_ones, verified, strict=True):
             response.outcome = outcome.reward
         for response in responses:
@@ -405,7 +426,7 @@ class _Chunk:
     """Responses and what was made of them, packed."""
 
     responses: list[Response]
-    heard: list[Votes]
+    votes: Votes
     token_ids: np.ndarray
     credit: Credit
     advantages: np.ndarray
@@ -413,17 +434,17 @@ class _Chunk:
     @cached_property
     def valid(self) -> np.ndarray:
         """Valid votes on each step. [M]"""
-        return _count(self.credit.votes.numpy() >= 0)
+        return _count(self.votes.table >= 0)
 
     @cached_property
     def flagged(self) -> np.ndarray:
         """Votes that flag each step. [M]"""
-        return _count(self.credit.votes.numpy() == 1)
+        return _count(self.votes.table == 1)
 
     @cached_property
     def cases(self) -> tuple[np.ndarray, np.ndarray]:
         """The pairs (valid, flagged) that occur, [C, 2], and which of them each step is, [M]."""
-        base = self.credit.votes.shape[1] + 1
+        base = self.votes.table.shape[1] + 1
         codes, place = np.unique(self.valid * base + self.flagged, return_inverse=True)
         return np.stack([codes // base, codes % base], 1), place
 
@@ -456,18 +477,16 @@ class _Chunk:
             by_step(steps.ends.numpy() - origins, np.int32),
             by_step(weights, np.float32),
             pa.ListArray.from_arrays(step_offsets, self._votes(options.num_votes)),
-            pa.array([one.valid for one in self.heard], pa.int32()),
-            pa.array([len(one.reasons) for one in self.heard], pa.int32()),
-            pa.array([one.failed for one in self.heard], pa.int32()),
+            *(pa.array(count.astype(np.int32)) for count in (self.votes.valid, self.votes.invalid, self.votes.failed)),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=_schema(options))
 
     def _votes(self, num_votes: int | None) -> pa.ListArray:
         """The votes of each step, without the columns that only other responses have."""
-        table = self.credit.votes.numpy()
+        table = self.votes.table
         num_steps = np.diff(self.credit.steps.cu_steps.numpy())
-        own = np.full(len(self.heard), num_votes) if num_votes else np.array([len(one.critiques) for one in self.heard])
-        widths = np.repeat(own.astype(np.int64), num_steps)
+        own = np.full_like(self.votes.given, num_votes) if num_votes else self.votes.given
+        widths = np.repeat(own, num_steps)
         values = table[np.arange(table.shape[1]) < widths[:, None]]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(widths)]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
@@ -511,14 +530,11 @@ class _Tallies:
         self.responses += len(chunk.responses)
         self.tokens += len(chunk.token_ids)
         self.steps += len(chunk.valid)
-        for one in chunk.heard:
-            self.critiques["valid"] += one.valid
-            self.critiques["failed"] += one.failed
-            for reason in one.reasons:
-                self.reasons[reason] += 1
-        self.critiques["invalid"] = self.reasons.total()
-        bare = [one is NO_VOTES for one in chunk.heard]
-        self.uncritiqued += int((np.diff(cu_steps)[bare] > 0).sum())
+        votes = chunk.votes
+        for name, counts in (("valid", votes.valid), ("invalid", votes.invalid), ("failed", votes.failed)):
+            self.critiques[name] += int(counts.sum())
+        self.reasons.update(votes.reasons)
+        self.uncritiqued += int((np.diff(cu_steps)[votes.silent] > 0).sum())
 
     def agreement(self) -> Agreement:
         """Agreement of all votes; how the votes on a step are arranged does not matter, only how many say what."""
@@ -574,13 +590,6 @@ def _sums(values: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
     return totals[cumulative[1:]] - totals[cumulative[:-1]]
 
 
-def _flat(lists: Sequence[Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Lists end to end, and their cumulative lengths."""
-    cumulative = np.zeros(len(lists) + 1, np.int64)
-    np.cumsum([len(values) for values in lists], out=cumulative[1:])
-    return np.fromiter(chain.from_iterable(lists), dtype, int(cumulative[-1])), cumulative
-
-
 def _chunks(groups: Iterable[list[Response]]) -> Iterator[list[Response]]:
     chunk: list[Response] = []
     size = 0
@@ -618,7 +627,7 @@ def _options(tokenizer: Any, rule: CreditRule, delimiter: str, num_votes: int | 
             "give critiques or a process weight of 0"
         )
     try:
-        return _Options(load_tokenizer(tokenizer), rule, delimiter, num_votes)
+        return _Options(load_tokenizer(tokenizer), rule, delimiter, num_votes, Verifier())
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"tokenizer: {error}") from error
 

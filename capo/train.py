@@ -32,7 +32,15 @@ from capo.judges import JudgeError, JudgeRequest
 from capo.judges.make import closing, make_judge
 from capo.judges.voting import Votes, collect
 from capo.learn import Batch, learn, response_logprobs
-from capo.metrics import MetricsLog, alarms, judge_metrics, outcome_metrics, read_metrics, response_metrics
+from capo.metrics import (
+    MetricsLog,
+    alarms,
+    judge_metrics,
+    outcome_metrics,
+    read_metrics,
+    response_metrics,
+    verifier_metrics,
+)
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
 from capo.rollout import Engine, Rollouts, Sampling, TransformersEngine, mismatch
@@ -81,6 +89,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         TrainingError: too many updates in a row with a loss or gradient that is NaN or Inf, or log-probabilities of sampler
             and trainer that are too far apart.
         capo.rollout.RolloutError: responses cannot be sampled.
+        VerifierError: the verifier does not work.
         capo.checkpoint.CheckpointError: the checkpoint to resume from is damaged.
         OSError: a checkpoint cannot be written; earlier ones are intact.
     """
@@ -92,7 +101,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
             rundir.check(config, resume)  # again, now that nobody else can write there
             run = _Run(config, resume, console, stop)
-            with closing(run.judge):
+            with closing(run.judge), run.verifier:
                 return run.train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
@@ -109,6 +118,7 @@ class _Run:
         held_out = torch.Generator().manual_seed(stream(config.seeds.data, "held out"))
         self.held_out = self.task.problems(config.task.held_out, held_out, held_out=True)
         self.judge = make_judge(config.judge, self.task.check, stream(config.seeds.rl, "judge"))
+        self.verifier = Verifier(engine="plain")  # the task's answers are digits
         self.model = build_model(config.model, self.task, stream(config.seeds.warm_start, "weights"))
         self.model.to(_device(config.device))
         self.optimizer = torch.optim.AdamW(
@@ -137,7 +147,7 @@ class _Run:
                 stopping = self.stop.is_set()
                 last = stopping or update == config.updates
                 if last or update % config.eval_every == 0:
-                    metrics["eval/accuracy"] = state["accuracy"] = accuracy(self.model, self.task, self.held_out)
+                    metrics["eval/accuracy"] = state["accuracy"] = self._accuracy()
                 self.log.write({"step": update, **metrics})
                 self._warn(update, metrics)
                 if last or update % config.save_every == 0:
@@ -155,6 +165,9 @@ class _Run:
         stopped = state["update"] < config.updates
         return Result(self.folder, state["update"], state["accuracy_before"], state["accuracy"], stopped)
 
+    def _accuracy(self) -> float:
+        return accuracy(self.model, self.task, self.held_out, self.verifier)
+
     def _start(self) -> bool:
         """Bring model, optimiser and log to where the loop begins; False if stopped by a signal."""
         config = self.config
@@ -171,7 +184,7 @@ class _Run:
                 return False
             shutil.rmtree(start, ignore_errors=True)  # of a run that ended before its first checkpoint
             checkpoint.save(start, self.model, None, {})
-            self.state["accuracy_before"] = self.state["accuracy"] = accuracy(self.model, self.task, self.held_out)
+            self.state["accuracy_before"] = self.state["accuracy"] = self._accuracy()
         if config.loss.kl_coef > 0:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
             checkpoint.load(start, self.reference, None)
@@ -245,6 +258,7 @@ class _Run:
         synced = time.perf_counter()
         prompts = torch.Generator().manual_seed(stream(config.seeds.rl, "prompts", update))
         problems = task.problems(config.prompts, prompts)
+        verified = self.verifier.counts, self.verifier.seconds
         parts, pending = [], []
         size = config.prompts // config.rollout.chunks
         # What is sampled is judged while more is sampled. Seeds depend on the chunk, not on who is quicker.
@@ -288,6 +302,7 @@ class _Run:
             **outcome_metrics(outcomes, rollouts.prompt_index),
             **judge_metrics(credit, votes),
             **response_metrics(credit, requests),
+            **verifier_metrics(self.verifier, *verified),
             "entropy": entropy.mean().item(),
             "completions/mean_length": rollouts.cu_seqlens.diff().double().mean().item(),
             "completions/clipped_ratio": rollouts.truncated.double().mean().item(),
@@ -307,7 +322,7 @@ class _Run:
         began = time.perf_counter()
         task, config = self.task, self.config
         asked = [problems[index] for index in rollouts.prompt_index.tolist()]  # one per response
-        outcomes = verify(task, rollouts, asked)
+        outcomes = verify(self.verifier, task, rollouts, asked)
         steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
         texts = step_texts(rollouts.token_ids, steps, task.token_bytes)
         requests = [JudgeRequest(p.question, p.solution, tuple(t)) for p, t in zip(asked, texts, strict=True)]
@@ -355,10 +370,10 @@ def build_engine(model: Any, task: ArithmeticTask, config: TrainConfig) -> Engin
         raise UsageError(f"rollout: {error}") from None
 
 
-def verify(task: ArithmeticTask, rollouts: Rollouts, problems: list[Problem]) -> Tensor:
+def verify(verifier: Verifier, task: ArithmeticTask, rollouts: Rollouts, problems: list[Problem]) -> Tensor:
     """Outcomes: 1 right, 0 wrong, NaN undecided. A truncated response is wrong: its answer may lack digits. [B]"""
     texts = response_texts(task, rollouts.token_ids, rollouts.cu_seqlens)
-    outcomes = Verifier().verify(texts, [problem.answer for problem in problems])
+    outcomes = verifier.verify(texts, [problem.answer for problem in problems])
     rewards = torch.tensor([outcome.reward for outcome in outcomes], device=rollouts.truncated.device)
     return torch.where(rollouts.truncated, Outcome.WRONG.reward, rewards)
 

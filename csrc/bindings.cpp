@@ -5,6 +5,7 @@
 #include "cpu/credit.h"
 #include "cpu/policy_loss.h"
 #include "cpu/rows.h"
+#include "text/critique.h"
 #include "text/segment.h"
 
 namespace py = pybind11;
@@ -19,7 +20,133 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A Python string as UTF-8; halves of characters, which have none, as three bytes each. `owner` keeps it alive.
+std::string_view utf8(const py::handle text, py::object& owner) {
+  Py_ssize_t size = 0;
+  if (const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size)) return {data, static_cast<size_t>(size)};
+  PyErr_Clear();
+  owner = py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
+  if (!owner) throw py::error_already_set();
+  return {PyBytes_AS_STRING(owner.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(owner.ptr()))};
+}
+
+void read_votes(const py::list& said, const py::list& nonces, Address cu_said, Address cu_steps, int64_t num_responses,
+                int64_t max_reply, Address votes, int64_t num_votes, Address states) {
+  const int64_t* const firsts = pointer<const int64_t>(cu_said);
+  const int64_t* const steps = pointer<const int64_t>(cu_steps);
+  for (int64_t i = 0; i < num_responses; ++i) {
+    const int64_t num_steps = steps[i + 1] - steps[i];
+    for (int64_t place = firsts[i]; place < firsts[i + 1]; ++place) {
+      int8_t* const column = pointer<int8_t>(votes) + steps[i] * num_votes + (place - firsts[i]);
+      const py::handle reply = PyList_GET_ITEM(said.ptr(), place);
+      const py::handle nonce = PyList_GET_ITEM(nonces.ptr(), place);
+      if (PyUnicode_Check(reply.ptr())) {
+        py::object owner, nonce_owner;
+        const std::string_view suffix = nonce.is_none() ? std::string_view() : utf8(nonce, nonce_owner);
+        const Reason reason = read_reply(utf8(reply, owner), suffix, max_reply, num_steps, column, num_votes);
+        pointer<uint8_t>(states)[place] = static_cast<uint8_t>(reason);
+      } else if (PyList_Check(reply.ptr())) {
+        pointer<uint8_t>(states)[place] = 0;
+        for (int64_t step = 0; step < num_steps; ++step) column[step * num_votes] = 0;
+        for (const py::handle step : py::reinterpret_borrow<py::list>(reply))
+          column[PyLong_AsLongLong(step.ptr()) * num_votes] = 1;
+      }
+    }
+  }
+}
+
+// Integers below `limit` as int32 bytes; None if there is anything else in the list.
+py::object pack_ids(const py::list& ids, int64_t limit) {
+  const Py_ssize_t count = PyList_GET_SIZE(ids.ptr());
+  py::bytes packed(nullptr, static_cast<size_t>(count) * sizeof(int32_t));
+  auto* const out = reinterpret_cast<int32_t*>(PyBytes_AS_STRING(packed.ptr()));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const id = PyList_GET_ITEM(ids.ptr(), i);
+    int overflow = 0;
+    const int64_t value = PyLong_CheckExact(id) ? PyLong_AsLongLongAndOverflow(id, &overflow) : -1;
+    if (overflow != 0 || value < 0 || value >= limit) return py::none();
+    out[i] = static_cast<int32_t>(value);
+  }
+  return std::move(packed);
+}
+
+TokenValues token_values(Address advantages, Address old_logprobs, Address ref_logprobs, Address rollout_logprobs) {
+  return {pointer<const float>(advantages), pointer<const float>(old_logprobs), pointer<const float>(ref_logprobs),
+          pointer<const float>(rollout_logprobs)};
+}
+
+LossRule loss_rule(float ratio_low, float ratio_high, float clip_dual, int ratio, int reduce, float constant,
+                   float kl_coef, int kl, float entropy_coef, float temperature, int objective, float importance_cap) {
+  return {ratio_low,
+          ratio_high,
+          clip_dual,
+          static_cast<Ratio>(ratio),
+          static_cast<Reduce>(reduce),
+          constant,
+          kl_coef,
+          kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone,
+          entropy_coef,
+          temperature,
+          static_cast<Objective>(objective),
+          importance_cap};
+}
+
+HeadRows head_rows(Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+                   Address temperatures, int num_threads) {
+  return {pointer<const void>(logits),    stride,      static_cast<Dtype>(dtype),          vocab,
+          pointer<const int64_t>(labels), temperature, pointer<const float>(temperatures), num_threads};
+}
+
+void bind_head(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "row_stats",
+      [](Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+         Address temperatures, int num_threads, int64_t rows, Address stats) {
+        row_stats(head_rows(logits, stride, dtype, vocab, labels, temperature, temperatures, num_threads), rows,
+                  pointer<double>(stats));
+      },
+      release(), "Logits, labels -> sums over each row.");
+  m.def(
+      "row_logprobs",
+      [](Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+         Address temperatures, int num_threads, int64_t rows, Address stats, Address logprobs, Address entropy) {
+        row_logprobs(head_rows(logits, stride, dtype, vocab, labels, temperature, temperatures, num_threads), rows,
+                     pointer<const double>(stats), pointer<float>(logprobs), pointer<float>(entropy));
+      },
+      release(), "Sums over each row -> log-probabilities and entropies.");
+  m.def(
+      "row_grads",
+      [](Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
+         Address temperatures, int num_threads, int64_t count, Address rows, Address stats, Address slopes,
+         Address entropy_slopes, Address grad) {
+        row_grads(head_rows(logits, stride, dtype, vocab, labels, temperature, temperatures, num_threads), count,
+                  pointer<const int64_t>(rows), pointer<const double>(stats), pointer<const double>(slopes),
+                  pointer<const double>(entropy_slopes), pointer<void>(grad));
+      },
+      release(), "Gradients of some rows of logits, one after the other.");
+  m.def(
+      "loss_terms",
+      [](Address advantages, Address old_logprobs, Address ref_logprobs, Address rollout_logprobs, Address logprobs_in,
+         Address entropy, Address weights, Address cu_seqlens, int64_t responses, float ratio_low, float ratio_high,
+         float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl, float entropy_coef,
+         float temperature, int objective, float importance_cap, Address loss, Address kl_out, Address clipped,
+         Address slopes) {
+        loss_terms({token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs),
+                    pointer<const float>(logprobs_in), pointer<const float>(entropy), pointer<const double>(weights),
+                    pointer<const int64_t>(cu_seqlens), responses,
+                    loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl, entropy_coef,
+                              temperature, objective, importance_cap),
+                    pointer<float>(loss), pointer<float>(kl_out), pointer<bool>(clipped), pointer<double>(slopes)});
+      },
+      release(), "Log-probabilities and weights of live tokens -> their losses and slopes.");
+}
+
 void bind_text(py::module_& m) {
+  m.def("read_votes", &read_votes, py::arg("said"), py::arg("nonces"), py::arg("cu_said"), py::arg("cu_steps"),
+        py::arg("num_responses"), py::arg("max_reply"), py::arg("votes"), py::arg("num_votes"), py::arg("states"),
+        "Replies and lists of flagged steps -> votes and states; the lists must fit.");
+  m.def("pack_ids", &pack_ids, py::arg("ids"), py::arg("limit"), "A list of token ids -> int32 bytes.");
   m.def(
       "token_flags",
       [](Address data, Address offsets, int64_t size, Address special, Address eos, Address flags) {
@@ -103,24 +230,11 @@ PYBIND11_MODULE(_native, m) {
         args.vocab = vocab;
         args.responses = responses;
         args.labels = pointer<const int64_t>(labels);
-        args.advantages = pointer<const float>(advantages);
-        args.old_logprobs = pointer<const float>(old_logprobs);
-        args.ref_logprobs = pointer<const float>(ref_logprobs);
-        args.rollout_logprobs = pointer<const float>(rollout_logprobs);
+        args.values = token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs);
         args.mask = pointer<const bool>(mask);
         args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
-        args.rule = {ratio_low,
-                     ratio_high,
-                     clip_dual,
-                     static_cast<Ratio>(ratio),
-                     static_cast<Reduce>(reduce),
-                     constant,
-                     kl_coef,
-                     kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone,
-                     entropy_coef,
-                     temperature,
-                     static_cast<Objective>(objective),
-                     importance_cap};
+        args.rule = loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl, entropy_coef,
+                              temperature, objective, importance_cap);
         args.loss = pointer<float>(loss);
         args.logprobs = pointer<float>(logprobs_out);
         args.entropy = pointer<float>(entropy);
@@ -141,5 +255,6 @@ PYBIND11_MODULE(_native, m) {
       },
       release(), "Logits, labels -> log-probabilities and entropies; false if a label does not fit.");
 
+  bind_head(m);
   bind_text(m);
 }

@@ -69,7 +69,7 @@ class FakeServer:
 
     def __init__(self, behave=None, delay=0.0):
         self.behave, self.delay = behave or (lambda body, headers: "healthy"), delay
-        self.requests, self.in_flight, self.most_in_flight, self.connections = [], 0, 0, 0
+        self.requests, self.in_flight, self.most_in_flight, self.connections, self.hung_up = [], 0, 0, 0, 0
         self.keep = True  # requests, for tests to look at
 
     def __enter__(self):
@@ -120,13 +120,13 @@ class FakeServer:
                 self.in_flight += 1
                 self.most_in_flight = max(self.most_in_flight, self.in_flight)
                 try:
-                    if await self._answer(writer, body, headers) is CLOSE:
+                    if await self._answer(reader, writer, body, headers) is CLOSE:
                         break
                 finally:
                     self.in_flight -= 1
         writer.close()
 
-    async def _answer(self, writer, body, headers):
+    async def _answer(self, reader, writer, body, headers):
         kind = self.behave(body, headers)
         request_id = headers.get("x-request-id", "none")
         if self.delay:
@@ -151,8 +151,9 @@ class FakeServer:
             writer.write(data[: len(data) // 2])
             await writer.drain()
             return CLOSE
-        if kind == "stall":
-            await asyncio.sleep(60)
+        if kind == "stall" and await asyncio.wait_for(reader.read(1), 60) == b"":
+            self.hung_up += 1
+            return CLOSE
         if kind == "drip":
             for byte in data[:-1]:
                 writer.write(bytes([byte]))

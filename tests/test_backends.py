@@ -12,7 +12,7 @@ from capo import backends
 
 
 def test_the_torch_backend_is_always_there():
-    assert backends.available("cpu")[-1] == "torch"
+    assert "torch" in backends.available("cpu")
     assert backends.why_not("torch", "cuda") is None
 
 

@@ -6,20 +6,23 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from capo import critique as module
 from capo.critique import (
     MAX_REPLY,
+    REASONS,
     Critique,
     CritiqueError,
     Reason,
     agreement,
     count_duplicates,
     new_nonce,
-    parse,
+    read_votes,
     render,
     vote_table,
 )
@@ -30,6 +33,26 @@ NONCE = "5eed0c0ffee5"
 ASK = "Is the solution correct (Yes/No)?"
 unhurried = settings(deadline=None)  # the time of one example on a busy machine says nothing
 NONCES = pytest.mark.parametrize("nonce", [None, NONCE], ids=["plain", "nonce"])
+
+
+def parse(text, num_steps, nonce=None, **options):
+    """`capo.critique.parse`, where `read_votes` was seen to read the same."""
+    is_nonce = nonce is None or re.fullmatch("[0-9A-Za-z]{4,64}", nonce)
+    if options in ({}, {"trust": "list"}) and num_steps >= 0 and is_nonce:
+        check_read_votes([text], [nonce], [1], [num_steps])
+    return module.parse(text, num_steps, nonce, **options)
+
+
+def check_read_votes(said, nonces, counts, num_steps):
+    """`read_votes` must give what its definition in Python gives."""
+    cu_said, cu_steps = (np.concatenate([[0], np.cumsum(each)]).astype(np.int64) for each in (counts, num_steps))
+    width = max(counts, default=0) + 1
+    votes, states = read_votes(said, nonces, cu_said, cu_steps, width)
+    wanted, why = np.full_like(votes, -1), np.full_like(states, 255)
+    module._read_votes_reference(said, nonces, cu_said, cu_steps, wanted, why)
+    assert states.tolist() == why.tolist()
+    assert np.array_equal(votes, wanted)
+    return votes, states
 
 
 def block(content, nonce=None):
@@ -334,7 +357,8 @@ def test_many_wide_ranges_cost_no_more_than_the_steps_they_cover():
     steps = 100_000
     content = ",".join([f"0-{steps - 1}"] * 20_000)
     started = time.perf_counter()
-    assert parse(no(content), steps).flagged == tuple(range(steps))
+    assert module.parse(no(content), steps).flagged == tuple(range(steps))
+    assert read_one(no(content), steps, None)[0].sum() == steps
     assert time.perf_counter() - started < 2
 
 
@@ -605,7 +629,15 @@ def seconds(function, text):
     return min(once() for _ in range(3))
 
 
-@pytest.mark.parametrize("function", [lambda text: parse(text, 8, NONCE), neutralise], ids=["parse", "neutralise"])
+def read_one(text, num_steps=8, nonce=NONCE):
+    return read_votes([text], [nonce], np.array([0, 1]), np.array([0, num_steps]), 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda text: module.parse(text, 8, NONCE), read_one, neutralise],
+    ids=["parse", "read_votes", "neutralise"],
+)
 def test_time_is_linear_and_short(function):
     shorter = dict(bombs(8_000))
     for name, text in bombs(64_000):
@@ -621,10 +653,114 @@ def test_ten_megabytes_are_refused_at_once():
     text = no("1") * 200_000
     assert len(text) > 10_000_000
     assert reason(text) is Reason.TOO_LONG
-    assert seconds(lambda text: parse(text, 8), text) < 0.01
+    assert seconds(lambda text: module.parse(text, 8), text) < 0.01
+    assert seconds(read_one, text) < 0.1
 
 
 # Votes
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 9), st.lists(st.tuples(replies | st.none(), st.sampled_from([None, NONCE])), max_size=4)
+        ),
+        max_size=4,
+    )
+)
+def test_read_votes_is_parse_for_every_reply(given_replies):
+    said = [reply for _, each in given_replies for reply, _ in each]
+    nonces = [nonce for _, each in given_replies for _, nonce in each]
+    check_read_votes(said, nonces, [len(each) for _, each in given_replies], [steps for steps, _ in given_replies])
+
+
+def random_list(rng, suffix):
+    pieces = [
+        "0",
+        "1",
+        "7",
+        "10",
+        "2-5",
+        "step_",
+        "<step_1>",
+        f"<step_2{suffix}>",
+        "<step_0:abcd>",
+        " ",
+        "–",
+        "-",
+        "\u3000",
+    ]
+    return ",".join("".join(rng.choices(pieces, k=rng.choice([1, 1, 1, 2, 3, 4]))) for _ in range(rng.randint(0, 3)))
+
+
+def random_reply(rng, nonce):
+    suffix = f":{nonce}" if nonce else ""
+    if rng.random() < 0.4:
+        return "".join(rng.choices(FRAGMENTS, k=rng.randint(0, 12)))
+    line = rng.choice(
+        ["", "Judgment: No\n", "Judgment: Yes\n", "judgement : yes\n", f"** Judgment: ** {ASK} No**.\r\n", "<think>"]
+    )
+    return f"{line}{block(random_list(rng, suffix), nonce)}" + rng.choice(["", "\nfoo", "<think>", "</think>"])
+
+
+def test_read_votes_of_many_replies():
+    rng = random.Random(5)
+    seen = set()
+    for _ in range(500):
+        counts, num_steps = ([rng.randint(0, 9) for _ in range(4)] for _ in range(2))
+        nonces = [rng.choice([None, NONCE]) for _ in range(sum(counts))]
+        said = [random_reply(rng, nonce) for nonce in nonces]
+        for place in range(sum(counts)):
+            if rng.random() < 0.1:
+                said[place] = None
+        _, states = check_read_votes(said, nonces, counts, num_steps)
+        seen |= set(states.tolist())
+    never = (Reason.TOO_LONG, Reason.BAD_JSON, Reason.WRONG_NONCE)
+    assert {0, 255, *(1 + REASONS.index(why) for why in Reason if why not in never)} <= seen
+
+
+def test_read_votes_takes_lists_of_flagged_steps():
+    said = [[0, 2, 0], None, no("1"), [], "what?"]
+    votes, states = check_read_votes(said, [None] * 5, [3, 0, 2], [3, 1, 2])
+    assert votes.tolist() == [
+        [1, -1, 0, -1],
+        [0, -1, 1, -1],
+        [1, -1, 0, -1],
+        [-1] * 4,
+        [0, -1, -1, -1],
+        [0, -1, -1, -1],
+    ]
+    assert states.tolist() == [0, 255, 0, 0, 1 + REASONS.index(Reason.NO_ANSWER)]
+
+
+def test_white_space_is_the_same_to_both():
+    spaces = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
+    others = [
+        "\u180e",
+        "\u200b",
+        "\u200c",
+        "\u2007x",
+        "\u2060",
+        "\ufeff",
+        "\x1b",
+        "\x7f",
+        "\x86",
+        "\xa1",
+        "\u202e",
+        "\u3001",
+    ]
+    assert len(spaces) > 20
+    for char in spaces + others:
+        for content in (f"{char}1{char}", f"0{char}-{char}{char}2", f"1,{char}", f"{char}...{char}", char):
+            check_read_votes([no(content), content], [None, None], [2], [4])
+
+
+def test_the_longest_reply_is_counted_in_characters():
+    for char in ("é", "\ud800", "\U0001f642"):
+        text = char * (MAX_REPLY - len(no("1"))) + "\n" + no("1")
+        for reply, why in ((text[1:], 0), (text[1:] + char, 1 + REASONS.index(Reason.TOO_LONG))):
+            assert check_read_votes([reply], [None], [1], [4])[1].tolist() == [why]
 
 
 def test_vote_table():
@@ -752,7 +888,7 @@ def test_a_new_nonce_for_every_reply_costs_nothing():
         (f"{i:012x}", f"Judgment: No\n<incorrect_steps:{i:012x}>1</incorrect_steps:{i:012x}>") for i in range(2000)
     ]
     began = time.process_time()
-    assert all(parse(text, 2, nonce).flagged == (1,) for nonce, text in replies)
+    assert all(module.parse(text, 2, nonce).flagged == (1,) for nonce, text in replies)
     assert time.process_time() - began < 1
 
 

@@ -10,6 +10,7 @@ from capo.judges import JudgeRequest
 from capo.verify import Outcome, Verifier
 
 TASK = ArithmeticTask(TaskConfig(), seed=0)
+VERIFIER = Verifier(engine="plain")
 
 
 def generator(seed):
@@ -25,7 +26,7 @@ def test_the_reference_solution_is_right_in_every_step_and_in_the_end():
     assert len({problem.question for problem in problems}) > 190
     for problem in problems:
         assert TASK.check(request(problem.question, problem.solution)) == [False] * 7
-        assert Verifier().verify([problem.solution], [problem.answer]) == [Outcome.RIGHT]
+        assert VERIFIER.verify([problem.solution], [problem.answer]) == [Outcome.RIGHT]
         assert len(TASK.encode(problem.question)) == TASK.prompt_length
         assert len(TASK.encode(problem.solution)) + 1 == TASK.response_length
 

@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -220,6 +221,36 @@ def test_nobody_listens():
         assert judge.counts["attempts"] == 4
 
 
+def test_what_is_no_tls_is_a_connection_fault():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        limits = dataclasses.replace(QUICK, retries=1)
+        with closing(OpenAIJudge(url, "m", limits=limits, max_failure_rate=1)) as judge:
+            [[reply]] = judge.critique([WRONG], 1)
+            assert (reply.state, reply.error) == ("failed", "connection")
+            assert judge.counts["attempts"] == 2
+
+
+def test_fields_can_be_added_and_left_out():
+    with FakeServer() as server:
+        extra = {"max_tokens": None, "max_completion_tokens": 9, "top_p": 0.3}
+        with judge_of(server, extra=extra) as judge:
+            judge.critique([WRONG], 1)
+        body, _ = server.requests[0]
+        assert (body["max_completion_tokens"], body["top_p"]) == (9, 0.3)
+        assert "max_tokens" not in body
+
+
 def test_the_server_says_how_long_to_wait():
     seen = []
 
@@ -254,6 +285,10 @@ def test_the_deadline_of_a_request_holds_over_all_its_attempts(kind):
         began = time.monotonic()
         assert judge.critique([WRONG], 1)[0][0].state == "failed"
         assert time.monotonic() - began < 1.5
+        if kind == "stall":
+            while not server.hung_up and time.monotonic() - began < 5:
+                time.sleep(0.01)
+            assert server.hung_up == 1, "the connection is closed at the deadline, not left to hang"
 
 
 def test_the_deadline_of_a_batch_fails_what_is_not_there():
@@ -401,9 +436,9 @@ def test_the_key_appears_nowhere(kind, monkeypatch, caplog, capsys, tmp_path):
     caplog.set_level(logging.DEBUG)
 
     class Echo(FakeServer):
-        async def _answer(self, writer, body, headers):
+        async def _answer(self, reader, writer, body, headers):
             if kind != "echo":
-                return await super()._answer(writer, body, headers)
+                return await super()._answer(reader, writer, body, headers)
             data = f"bad key: {headers['authorization']}".encode()
             writer.write(b"HTTP/1.1 401 No\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
 

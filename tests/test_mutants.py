@@ -34,6 +34,9 @@ NO_LABEL = LOSS + "test_a_label_of_probability_zero_has_no_gradient_through_the_
 NAN = LOSS + "test_nan_in_one_row_stays_there"
 BAD_LABEL = LOSS + "test_a_label_outside_the_vocabulary_is_named"
 INPLACE = LOSS + "test_inplace_gives_the_same_bits_in_the_memory_of_the_logits"
+HEAD = "test_linear_policy_loss.py::"
+HEAD_OPTIONS, DROPPED = HEAD + "test_every_option", HEAD + "test_what_is_clipped"
+HEAD_BITS = HEAD + "test_chunks or test_a_row_does"
 WEIGHTS, RULES = CREDIT + "test_step_weights", CREDIT + "test_every_rule_equals_the_reference"
 PRODUCTS = CREDIT + "test_every_reward_with_every_normalisation"
 GOLDEN, CONSTANT = CREDIT + "test_the_golden_vector_of_the_paper", CREDIT + "test_constant_groups_have_advantage_zero"
@@ -95,8 +98,8 @@ ROW_LOSS = [
     Mutant("entropy not centred", OPTIONS, "s * (h * mean - g)", "s * -g"),
     Mutant("entropy not centred at the label", OPTIONS, "std::log(sum) - mean : 0.0", "std::log(sum) : 0.0"),
     Mutant("no entropy gradient", OPTIONS, "how.beta = -s * h * kLn2 / sum", "how.beta = 0.0"),
-    Mutant("entropy without its second term", OPTIONS, "log_sum - result.stats.centred / result.stats.sum", "log_sum"),
-    Mutant("temperature dropped in the gradient", OPTIONS, "s = 1.0 / args.rule.temperature", "s = 1.0"),
+    Mutant("entropy without its second term", OPTIONS, "log_sum - row.stats.centred / row.stats.sum", "log_sum"),
+    Mutant("temperature dropped in the gradient", OPTIONS, "s = 1.0 / temperature", "s = 1.0"),
     Mutant("temperature dropped in logp", LOGPROBS, "1.0 / (kLn2 * temperature)", "(void(temperature), 1.0 / kLn2)"),
     Mutant("mask ignored", OPTIONS, "return args.mask == nullptr || args.mask[row];", "return row >= 0;"),
     Mutant(
@@ -118,9 +121,9 @@ ROW_LOSS = [
         "dead tokens not in the denominator",
         DEAD,
         "++counts[i];",
-        "counts[i] += args.advantages[row] != 0.f;",
+        "counts[i] += args.values.advantages[row] != 0.f;",
     ),
-    Mutant("dead tokens read", DEAD, "other_terms || args.advantages[row] != 0.f;", "true;"),
+    Mutant("dead tokens read", DEAD, "other_terms || args.values.advantages[row] != 0.f;", "true;"),
     Mutant(
         "kl of tokens without advantage dropped",
         LOSS + "test_with_kl_or_entropy_no_unmasked_token_is_dead",
@@ -131,29 +134,27 @@ ROW_LOSS = [
     Mutant("token mean over all rows", OPTIONS, "1.0 / static_cast<double>(num_active)", "1.0 / args.rows"),
     Mutant("constant ignored", OPTIONS, "static_cast<double>(args.rule.constant)", "static_cast<double>(num_active)"),
     Mutant("dead tokens of a live response skipped", OPTIONS, "!= Ratio::kToken && any)", "!= Ratio::kToken && !any)"),
-    Mutant("sequence ratio not averaged", OPTIONS, "total / static_cast<double>(counts[i])", "total"),
+    Mutant("sequence ratio not averaged", OPTIONS, "total / static_cast<double>(count)", "total"),
     Mutant(
         "sequence gradient of the own token only",
         OPTIONS,
-        "args.rule.ratio == Ratio::kSequenceToken",
-        "args.rule.ratio != Ratio::kToken",
+        "if (rule.ratio == Ratio::kSequenceToken)",
+        "if (rule.ratio != Ratio::kToken)",
     ),
-    Mutant(
-        "sequence gradient not averaged", OPTIONS, "through_ratio / static_cast<double>(counts[i])", "through_ratio"
-    ),
+    Mutant("sequence gradient not averaged", OPTIONS, "through_ratio / static_cast<double>(count)", "through_ratio"),
     Mutant(
         "sequence gradient of a label of probability 0",
         NO_LABEL,
-        "live[row] && rows[row].logp != -std::numeric_limits<float>::infinity()",
-        "live[row]",
+        "live(row) && logprobs[row] != -std::numeric_limits<float>::infinity()",
+        "live(row)",
     ),
     Mutant("NaN hidden on-policy", LOSS + "test_nan_shows", "0.f + (std::isnan(logp) ? logp : 0.f)", "0.f"),
-    Mutant("mismatch against the new policy", OPTIONS, "old - args.rollout", "logp - args.rollout"),
+    Mutant("mismatch against the new policy", OPTIONS, "old - values.rollout", "t.logp - values.rollout"),
     Mutant(
         "on-policy mismatch without logp",
         LOSS + "test_importance_on_policy",
-        "nullptr ? logp : args.old",
-        "nullptr ? 0.f : args.old",
+        "nullptr ? t.logp : values.old",
+        "nullptr ? 0.f : values.old",
     ),
     Mutant(
         "logits overwritten before they are read again",
@@ -173,6 +174,15 @@ ROW_LOSS = [
         LOGPROBS + "test_masked",
         "|| args.mask[row])\n        result",
         "|| true)\n        result",
+    ),
+    Mutant("gradients of moved rows stay", DROPPED, "row_at(grad, i, args.stride", "row_at(grad, from, args.stride"),
+    Mutant("labels of moved rows stay", DROPPED, "args.labels[from], false", "args.labels[i], false"),
+    Mutant("slopes of moved rows stay", DROPPED, "row_grad(row, slopes[from]", "row_grad(row, slopes[i]"),
+    Mutant(
+        "weights in another order",
+        HEAD_OPTIONS,
+        "tokens.slope(row, args.weights[row])",
+        "tokens.slope(row, *args.weights)",
     ),
     Mutant("masked rows take the row before", LOGPROBS + "test_masked", "      result = {};\n", ""),
 ]
@@ -356,9 +366,22 @@ CALLS = [
 
 OPS = [
     Mutant(
+        "upstream gradient of the head dropped",
+        HEAD + "test_upstream",
+        "grad.mul_(grad_loss) for grad",
+        "grad for grad",
+    ),
+    Mutant(
+        "upstream gradient of the head dropped by compile",
+        HEAD + "test_compile",
+        "*(grad * grad_loss if",
+        "*(grad if",
+    ),
+    Mutant("autocast ignored", HEAD + "test_autocast", "else x.to(wanted)", "else x"),
+    Mutant(
         "old log-probabilities ignored",
         OPTIONS,
-        '_row_floats("policy_loss", "old_logprobs", old_logprobs, logits)',
+        '_row_floats(op, "old_logprobs", old_logprobs, rows)',
         "None",
     ),
     Mutant(
@@ -383,6 +406,44 @@ OPS = [
     ),
 ]
 
+LINEAR = [
+    Mutant("another row moves", DROPPED, "count + kept[count:].nonzero()", "kept[count:].nonzero()"),
+    Mutant("hidden states do not move", DROPPED, "if count == len(piece) else inputs[moves]", "[:count]"),
+    Mutant("gradients go to other rows", DROPPED, "rows.index[piece[moves]]", "rows.index[piece[:count]]"),
+    Mutant(
+        "clipped rows kept", HEAD + "test_dead_and_clipped", "kept = (slopes != 0) |", "kept = (slopes == slopes) |"
+    ),
+    Mutant("entropy of clipped rows dropped", DROPPED, " | (entropy_slopes[these] != 0)", ""),
+    Mutant("entropy raised", HEAD_OPTIONS, "weights * -torch.tensor(", "weights * torch.tensor("),
+    Mutant(
+        "weights of the first chunk", HEAD_OPTIONS, "*of_these, weights[these]", "*of_these, weights[: last - first]"
+    ),
+    Mutant("ratios of parts of a response", HEAD_OPTIONS, 'by_response=rule.ratio != "token"', "by_response=False"),
+    Mutant("rows of the first response again", HEAD_BITS, "(first + kept.nonzero()", "(kept.nonzero()"),
+    Mutant("the last chunk's gradient of weight", HEAD_OPTIONS, "part += torch.mm(", "part[:] = torch.mm("),
+    Mutant("the last chunk's gradient of bias", HEAD_OPTIONS, "part += columns.sum", "part[:] = columns.sum"),
+    Mutant("gradient of weight summed in 16 bits", HEAD + "test_the_error", "torch.float32 if several else x", "x"),
+    Mutant("no derivative of the softcap", HEAD + "test_softcap", " / torch.cosh(", " / torch.ones_like("),
+    Mutant(
+        "no softcap", HEAD + "test_softcap", "torch.tanh(uncapped.float() / self.softcap) * self.softcap", "uncapped"
+    ),
+    Mutant("temperatures of other rows", HEAD + "test_a_temp", "temperature[index] if", "temperature[: len(index)] if"),
+    Mutant(
+        "padding has probability",
+        HEAD + "test_a_padded",
+        "min(max(self.vocab - first, 0), len(weight))",
+        "len(weight)",
+    ),
+    Mutant("products of any number of rows", HEAD_BITS, "ROW_MULTIPLE = 32", "ROW_MULTIPLE = 1"),
+    Mutant("metrics over live tokens", HEAD_OPTIONS, "counts.sum().clamp(min=1)", "max(len(index), 1)"),
+    Mutant(
+        "labels not checked",
+        HEAD + "test_bad",
+        "reference.check_labels(head.op, labels, head.vocab, mask)\n    reference",
+        "reference",
+    ),
+]
+
 FILES = {
     "csrc/common/policy_loss.h": TOKEN_LOSS,
     "csrc/cpu/policy_loss.cpp": ROW_LOSS,
@@ -392,6 +453,7 @@ FILES = {
     "csrc/cpu/credit.cpp": ADVANTAGES,
     "capo/native.py": CALLS,
     "capo/ops.py": OPS,
+    "capo/linear.py": LINEAR,
 }
 
 MUTANTS = {f"{Path(file).name}: {mutant.name}": (file, mutant) for file, mutants in FILES.items() for mutant in mutants}

@@ -1,6 +1,7 @@
 """`capo score`: rollouts and critiques in, token advantages out."""
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from typer.testing import CliRunner
 
+import capo.critique
+import capo.records
 import capo.score
 from capo import reference
 from capo.cli import app
@@ -372,6 +375,71 @@ def test_rows_refused_before_a_second_reading_are_listed_once(files, monkeypatch
     assert {name: advantages(files.rows())[name] for name in "ab"} == GOLDEN_ADVANTAGES
 
 
+def mixed_records(seed):
+    """Rollout rows and critiques of every kind, good and bad."""
+    rows, critiques = random_records(seed, 60)
+    rng = random.Random(seed)
+    nonce = "5d2e81c09f3a"
+    replies = ["Judgment: Yes", "Judgment: No", "<incorrect_steps>0</incorrect_steps>", "<incorrect_steps>0-9", "",
+               "Judgment: No\n<incorrect_steps>0, step_1</incorrect_steps>", "<think>?</think>Judgement: **Yes**.",
+               f"<incorrect_steps:{nonce}>0</incorrect_steps:{nonce}>", "é\nJudgment: Yes\nJudgment: No",
+               "<incorrect_steps>x</incorrect_steps>", {"flagged": [0], "valid": False, "error": "why"}]  # fmt: skip
+    for row in critiques:
+        if rng.random() < 0.3:
+            row["nonce"] = nonce
+        if rng.random() < 0.6:
+            texts = rng.choices(replies, k=rng.randint(0, 5))
+            row["critiques"] = [
+                {"text": each} if rng.random() < 0.5 and each in replies[:-1] else each for each in texts
+            ]
+    critiques += [
+        {"response_id": "none", "critiques": []},
+        {"critiques": []},
+        {"response_id": "1.0", "critiques": [{}]},
+    ]
+    rng.shuffle(critiques)
+    for row in rows:
+        for each in row["responses"]:
+            if rng.random() < 0.5:
+                each["token_ids"] = ids(each.pop("text"))
+            if rng.random() < 0.1:
+                each["outcome"] = "bad"
+            elif rng.random() < 0.2:
+                del each["outcome"]
+        if rng.random() < 0.3:
+            row["answer"] = rng.choice(["18", 3])
+    return [*rows, {"prompt": "alone", "text": "x|é|\U0001f642", "outcome": 0.5}, {"text": "x"}], critiques
+
+
+def test_without_the_native_module_everything_is_the_same(monkeypatch):
+    records = mixed_records(14)
+    native = score(*records, BYTES, delimiter="|")
+    for module in (capo.records, capo.critique):
+        monkeypatch.setattr(module, "_native", None)
+    plain = score(*records, BYTES, delimiter="|")
+    assert plain.table.equals(native.table) and plain.rejected == native.rejected and plain.summary == native.summary
+
+
+def test_the_output_is_bit_for_bit_what_it_was(files, monkeypatch):
+    """Whoever changes what is written changes these digests, on purpose."""
+    monkeypatch.setattr(capo.score, "CHUNK_TOKENS", 300)
+    files.write(*mixed_records(13))
+    for preset, digest in DIGESTS.items():
+        rule = CreditRule.preset(preset)
+        summary = score_file(files.rollouts, files.critiques, BYTES, files.out, rule, delimiter="|")
+        rejected = sorted(
+            (Path(bad["file"]).name, bad["line"], str(bad["response"]), bad["reason"][:40]) for bad in files.rejected()
+        )
+        counts = {name: value for name, value in vars(summary).items() if type(value) in (int, dict)}
+        assert not counts.pop("undecided_reasons")
+        assert summary.bad_rows > 20 and len(summary.parse_failures) == 8 and summary.uncritiqued and summary.undecided
+        written = json.dumps([pq.read_table(files.out).to_pylist(), rejected, counts], sort_keys=True)
+        assert hashlib.sha256(written.encode()).hexdigest()[:16] == digest, preset
+
+
+DIGESTS = {"capo": "e0707013ad1a889a", "grpo_process": "864741dbb6ae7757", "fapo": "7a6769899d3997bf"}
+
+
 # ---- outcomes
 
 
@@ -556,7 +624,7 @@ BAD_CRITIQUES = {
     "unknown": ({"response_id": "z", "critiques": []}, "a response that is not there"),
     "unknown-place": ({"prompt_index": 5, "response_index": 0, "critiques": []}, "a response that is not there"),
     "twice": ({"response_id": "a", "critiques": []}, "critiques of this response are in line 1 already"),
-    "twice-by-place": ({"prompt_index": 0, "response_index": 0, "critiques": []}, "a second row of critiques of"),
+    "twice-by-place": ({"prompt_index": 0, "response_index": 0, "critiques": []}, "has others already"),
     "item-type": (
         {"response_id": "c", "critiques": [3]},
         "critique 0: must be text, an object or null, got an integer",

@@ -29,7 +29,7 @@ from capo.metrics import MetricsLog, outcome_metrics, read_metrics
 from capo.models import build_model, stream, warm_start
 from capo.rollout import response_logits, sample
 from capo.train import TrainingError, train
-from capo.verify import Outcome
+from capo.verify import Outcome, Verifier
 
 # Small enough for a run in about a second; a policy that knows nothing suffices wherever learning is not the point.
 SMALL = [
@@ -529,7 +529,7 @@ def test_cuda_is_refused_where_there_is_none(tmp_path):
 def test_undecided_responses_leave_their_group_and_are_counted(tmp_path, monkeypatch):
     seen = []
 
-    class Undecided:
+    class Undecided(Verifier):
         def verify(self, responses, answers):
             return [[Outcome.RIGHT, Outcome.WRONG, Outcome.UNDECIDED][i % 4 % 3] for i in range(len(responses))]
 

@@ -53,7 +53,8 @@ class OpenAIJudge:
             more, or all of a smaller one, the judge raises; 1 never does.
         failure_window: replies.
         cache: a folder to keep replies in; None: nowhere.
-        extra: more fields for the body of each request.
+        extra: more fields for the body of each request; None leaves a field out, such as ``max_tokens`` where a server
+            knows it as ``max_completion_tokens``.
         allow_http: plain http to other machines.
         trust_env: use proxies and certificates named by environment variables.
 
@@ -93,8 +94,8 @@ class OpenAIJudge:
             raise ValueError(f"OpenAIJudge: extra must not set {min(reserved)}")
         self.url, self.model, self.seed = check_url(url, allow_http), model, seed
         self.counts: Counter[str] = Counter()
-        self._parameters = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-        self._parameters.update(extra or {})
+        fields = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, **(extra or {})}
+        self._parameters = {name: value for name, value in fields.items() if value is not None}
         json.dumps(self._parameters, allow_nan=False)
         self._trust, self._structured = trust, structured
         self._limits = limits or Limits()

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common/checks.h"
@@ -30,6 +31,7 @@ constexpr double kLn2 = 0.693147180559945309;
 // What is known of a row once its logits were read.
 struct Row {
   RowStats stats;
+  float at_label;  // logit of the label
   float logp, entropy;
 };
 
@@ -39,17 +41,109 @@ double rate_of(float temperature, Dtype dtype) {
   return dtype == Dtype::kFloat32 ? rate : static_cast<float>(rate);
 }
 
+void finish_row(Row& row, double rate) {
+  const double log_sum = std::log2(row.stats.sum);
+  const double at_label = (static_cast<double>(row.at_label) - row.stats.top) * rate;
+  row.logp = static_cast<float>(kLn2 * (at_label - log_sum));
+  row.entropy = static_cast<float>(kLn2 * (log_sum - row.stats.centred / row.stats.sum));
+}
+
 Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, double rate,
              bool infinite) {
   const int type = static_cast<int>(dtype);
-  Row result;
+  Row result{};
   result.stats = kernels.stats[type](row, vocab, rate, label, infinite);
-  const double log_sum = std::log2(result.stats.sum);
-  const double at_label = (static_cast<double>(kernels.load[type](row, label)) - result.stats.top) * rate;
-  result.logp = static_cast<float>(kLn2 * (at_label - log_sum));
-  result.entropy = static_cast<float>(kLn2 * (log_sum - result.stats.centred / result.stats.sum));
+  result.at_label = kernels.load[type](row, label);
+  finish_row(result, rate);
   return result;
 }
+
+// The gradient of a row with g = d loss / d logp and h = d loss / d entropy: that of
+// capo.reference.policy_loss_gradient.
+RowGrad row_grad(const Row& r, double g, double h, float temperature, double rate, int64_t label, bool stream) {
+  const double s = 1.0 / temperature, sum = r.stats.sum, mean = kLn2 * r.stats.centred / sum;
+  const double p = std::exp(static_cast<double>(r.logp));
+  const double centred_label = p > 0.0 ? r.logp + std::log(sum) - mean : 0.0;
+  RowGrad how;
+  how.rate = rate;
+  how.top = r.stats.top;
+  how.infinite = r.stats.infinite;
+  how.alpha = s * (h * mean - g) / sum;
+  how.beta = -s * h * kLn2 / sum;
+  how.label = label;
+  how.label_grad = static_cast<float>(s * (g * -std::expm1(static_cast<double>(r.logp)) - h * p * centred_label));
+  how.stream = stream;
+  return how;
+}
+
+void write_row(const RowKernels& kernels, int type, const void* row, void* grad, int64_t vocab, const RowGrad& how) {
+  if (std::isfinite(how.alpha) && std::isfinite(how.beta) && std::isfinite(how.label_grad))
+    kernels.grad[type](row, grad, vocab, how);
+  else
+    kernels.fill[type](grad, vocab, std::numeric_limits<float>::quiet_NaN(), how.stream);
+}
+
+// The loss of each token and what it is made of.
+struct Tokens {
+  const LossRule& rule;
+  const TokenValues& values;
+  const float* logprobs;
+  const float* entropy;
+  float* loss;  // before weights, as is kl
+  float* kl;
+  bool* clipped;
+
+  float log_ratio(int64_t row) const {
+    const float logp = logprobs[row];
+    if (values.old_logprobs == nullptr) return 0.f + (std::isnan(logp) ? logp : 0.f);
+    return logp - values.old_logprobs[row];
+  }
+
+  TokenTerms terms(int64_t row, float ratio) const {
+    TokenInput t;
+    t.logp = logprobs[row];
+    t.entropy = entropy[row];
+    t.log_ratio = ratio;
+    const float old = values.old_logprobs == nullptr ? t.logp : values.old_logprobs[row];
+    t.mismatch = values.rollout_logprobs == nullptr ? 0.f : old - values.rollout_logprobs[row];
+    t.advantage = values.advantages[row];
+    t.ref_logp = values.ref_logprobs == nullptr ? 0.f : values.ref_logprobs[row];
+    const TokenTerms result = token_terms(t, rule);
+    loss[row] = result.loss;
+    kl[row] = result.kl;
+    clipped[row] = result.clipped;
+    return result;
+  }
+
+  double slope(int64_t row, double weight) const {
+    const TokenTerms t = terms(row, log_ratio(row));
+    return (static_cast<double>(t.through_ratio) + t.through_logp) * weight;
+  }
+
+  // Slopes g of the `count` live tokens of a response, whose ratio is that of all of them.
+  template <typename Live, typename Weight>
+  void sequence_slopes(int64_t first, int64_t last, int64_t count, const Live& live, const Weight& weight,
+                       double* g) const {
+    double total = 0.0;
+    for (int64_t row = first; row < last; ++row)
+      if (live(row)) total += log_ratio(row);
+    const float mean = static_cast<float>(total / static_cast<double>(count));
+    double through_ratio = 0.0;
+    for (int64_t row = first; row < last; ++row) {
+      if (!live(row)) continue;
+      const TokenTerms t = terms(row, mean);
+      g[row] = t.through_logp * weight(row);
+      if (rule.ratio == Ratio::kSequenceToken)
+        g[row] += t.through_ratio * weight(row);
+      else
+        through_ratio += t.through_ratio * weight(row);
+    }
+    if (rule.ratio == Ratio::kSequence)
+      for (int64_t row = first; row < last; ++row)
+        if (live(row) && logprobs[row] != -std::numeric_limits<float>::infinity())
+          g[row] += through_ratio / static_cast<double>(count);
+  }
+};
 
 class Pass {
  public:
@@ -63,7 +157,8 @@ class Pass {
         counts(a.responses),
         loss(a.rows),
         kl(a.rows),
-        clipped(a.rows),
+        clipped(std::make_unique<bool[]>(a.rows)),
+        tokens{a.rule, a.values, a.logprobs, a.entropy, loss.data(), kl.data(), clipped.get()},
         stream(a.grad != a.logits && a.rows * a.vocab * size_of(a.dtype) > kCache) {}
 
   void run() {
@@ -88,7 +183,8 @@ class Pass {
   std::vector<int64_t> response;
   std::vector<int64_t> counts;  // unmasked tokens of each response
   std::vector<float> loss, kl;  // of each token, before weights
-  std::vector<char> clipped;
+  std::unique_ptr<bool[]> clipped;
+  const Tokens tokens;
   int64_t num_active = 0;
   const bool stream;
 
@@ -104,7 +200,7 @@ class Pass {
         response[row] = i;
         if (!active(row)) continue;
         ++counts[i];
-        live[row] = other_terms || args.advantages[row] != 0.f;
+        live[row] = other_terms || args.values.advantages[row] != 0.f;
         any |= live[row];
       }
       num_active += counts[i];
@@ -146,51 +242,14 @@ class Pass {
     return result;
   }
 
-  float log_ratio(int64_t row, float logp) const {
-    if (args.old_logprobs == nullptr) return 0.f + (std::isnan(logp) ? logp : 0.f);
-    return logp - args.old_logprobs[row];
-  }
-
-  TokenTerms terms(int64_t row, float logp, float entropy, float ratio) {
-    TokenInput t;
-    t.logp = logp;
-    t.entropy = entropy;
-    t.log_ratio = ratio;
-    const float old = args.old_logprobs == nullptr ? logp : args.old_logprobs[row];
-    t.mismatch = args.rollout_logprobs == nullptr ? 0.f : old - args.rollout_logprobs[row];
-    t.advantage = args.advantages[row];
-    t.ref_logp = args.ref_logprobs == nullptr ? 0.f : args.ref_logprobs[row];
-    const TokenTerms result = token_terms(t, args.rule);
-    loss[row] = result.loss;
-    kl[row] = result.kl;
-    clipped[row] = result.clipped;
-    return result;
-  }
-
-  // g: d loss / d logp of the row. The derivative is that of capo.reference.policy_loss_gradient.
   void write_grad(int64_t row, const Row& r, double g) {
-    const double s = 1.0 / args.rule.temperature, sum = r.stats.sum, mean = kLn2 * r.stats.centred / sum;
     const double h = -static_cast<double>(args.rule.entropy_coef) * weight(row);
     if (g == 0.0 && h == 0.0) {
       fill_zero(row);
       return;
     }
-    const double p = std::exp(static_cast<double>(r.logp));
-    const double centred_label = p > 0.0 ? r.logp + std::log(sum) - mean : 0.0;
-    RowGrad how;
-    how.rate = rate;
-    how.top = r.stats.top;
-    how.infinite = r.stats.infinite;
-    how.alpha = s * (h * mean - g) / sum;
-    how.beta = -s * h * kLn2 / sum;
-    how.label = args.labels[row];
-    how.label_grad = static_cast<float>(s * (g * -std::expm1(static_cast<double>(r.logp)) - h * p * centred_label));
-    how.stream = stream;
-    if (!std::isfinite(how.alpha) || !std::isfinite(how.beta) || !std::isfinite(how.label_grad)) {
-      kernels.fill[type](grad(row), args.vocab, std::numeric_limits<float>::quiet_NaN(), stream);
-      return;
-    }
-    kernels.grad[type](logits(row), grad(row), args.vocab, how);
+    const RowGrad how = row_grad(r, g, h, args.rule.temperature, rate, args.labels[row], stream);
+    write_row(kernels, type, logits(row), grad(row), args.vocab, how);
   }
 
   int64_t grain() const { return std::clamp<int64_t>(args.rows / (8 * std::max(args.num_threads, 1)), 1, 8); }
@@ -204,9 +263,8 @@ class Pass {
           continue;
         }
         const Row r = read(row);
-        const TokenTerms t = terms(row, r.logp, r.entropy, log_ratio(row, r.logp));
-        if (args.grad == nullptr) continue;
-        write_grad(row, r, (static_cast<double>(t.through_ratio) + t.through_logp) * weight(row));
+        const double g = tokens.slope(row, weight(row));
+        if (args.grad != nullptr) write_grad(row, r, g);
       }
     });
   }
@@ -221,24 +279,9 @@ class Pass {
     std::vector<double> g(args.rows);
     for (int64_t i = 0; i < args.responses; ++i) {
       const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
-      double total = 0.0;
-      for (int64_t row = first; row < last; ++row)
-        if (live[row]) total += log_ratio(row, rows[row].logp);
-      const float mean = static_cast<float>(total / static_cast<double>(counts[i]));
-      double through_ratio = 0.0;
-      for (int64_t row = first; row < last; ++row) {
-        if (!live[row]) continue;
-        const TokenTerms t = terms(row, rows[row].logp, rows[row].entropy, mean);
-        g[row] = t.through_logp * weight(row);
-        if (args.rule.ratio == Ratio::kSequenceToken)
-          g[row] += t.through_ratio * weight(row);
-        else
-          through_ratio += t.through_ratio * weight(row);
-      }
-      if (args.rule.ratio == Ratio::kSequence)
-        for (int64_t row = first; row < last; ++row)
-          if (live[row] && rows[row].logp != -std::numeric_limits<float>::infinity())
-            g[row] += through_ratio / static_cast<double>(counts[i]);
+      tokens.sequence_slopes(
+          first, last, counts[i], [&](int64_t row) { return live[row] != 0; }, [&](int64_t row) { return weight(row); },
+          g.data());
     }
     parallel_for(args.rows, grain(), args.num_threads, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
@@ -298,5 +341,80 @@ bool logprobs(const LogprobsArgs& args) {
   });
   return true;
 }
+
+void row_stats(const HeadRows& args, int64_t rows, double* stats) {
+  const RowKernels& kernels = row_kernels();
+  const int type = static_cast<int>(args.dtype);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  parallel_for(rows, 4, args.num_threads, [&](int64_t first, int64_t last) {
+    bool infinite = false;
+    for (int64_t row = first; row < last; ++row) {
+      const void* logits = row_at(args.logits, row, args.stride, args.dtype);
+      const bool own = args.labels[row] >= 0;
+      RowStats r = kernels.stats[type](logits, args.vocab, args.rate(row), own ? args.labels[row] : 0, infinite);
+      infinite = r.infinite;
+      if (r.top == -kInfinity)  // NaN or nothing but -inf: whoever adds up parts of a row has to know
+        for (int64_t i = 0; i < args.vocab; ++i)
+          if (std::isnan(kernels.load[type](logits, i))) r.top = std::numeric_limits<float>::quiet_NaN();
+      double* out = stats + row * kRowStats;
+      out[0] = r.top;
+      out[1] = r.sum;
+      out[2] = r.centred;
+      out[3] = r.infinite;
+      out[4] = own ? kernels.load[type](logits, args.labels[row]) : -kInfinity;
+    }
+  });
+}
+
+namespace {
+
+Row row_of(const double* stats) {
+  Row row{};
+  row.stats = {static_cast<float>(stats[0]), stats[1], stats[2], stats[3] != 0.0};
+  row.at_label = static_cast<float>(stats[4]);
+  return row;
+}
+
+}  // namespace
+
+void row_logprobs(const HeadRows& args, int64_t rows, const double* stats, float* logprobs, float* entropy) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Row row = row_of(stats + i * kRowStats);
+    finish_row(row, args.rate(i));
+    logprobs[i] = row.logp;
+    entropy[i] = row.entropy;
+  }
+}
+
+void row_grads(const HeadRows& args, int64_t count, const int64_t* rows, const double* stats, const double* slopes,
+               const double* entropy_slopes, void* grad) {
+  const RowKernels& kernels = row_kernels();
+  parallel_for(count, 4, args.num_threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t from = rows[i];
+      Row row = row_of(stats + from * kRowStats);
+      finish_row(row, args.rate(from));
+      const RowGrad how = row_grad(row, slopes[from], entropy_slopes[from], args.temperature_of(from), args.rate(from),
+                                   args.labels[from], false);
+      write_row(kernels, static_cast<int>(args.dtype), row_at(args.logits, from, args.stride, args.dtype),
+                row_at(grad, i, args.stride, args.dtype), args.vocab, how);
+    }
+  });
+}
+
+void loss_terms(const LossTermsArgs& args) {
+  const Tokens tokens{args.rule, args.values, args.logprobs, args.entropy, args.loss, args.kl, args.clipped};
+  for (int64_t i = 0; i < args.responses; ++i) {
+    const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
+    if (args.rule.ratio == Ratio::kToken)
+      for (int64_t row = first; row < last; ++row) args.slopes[row] = tokens.slope(row, args.weights[row]);
+    else
+      tokens.sequence_slopes(
+          first, last, last - first, [](int64_t) { return true; }, [&](int64_t row) { return args.weights[row]; },
+          args.slopes);
+  }
+}
+
+double HeadRows::rate(int64_t row) const { return rate_of(temperature_of(row), dtype); }
 
 }  // namespace capo

@@ -7,6 +7,14 @@
 
 namespace capo {
 
+// What the loss of a token is made of besides its logits; [N], those marked may be null.
+struct TokenValues {
+  const float* advantages;
+  const float* old_logprobs;      // or null: on-policy
+  const float* ref_logprobs;      // or null
+  const float* rollout_logprobs;  // or null
+};
+
 struct PolicyLossArgs {
   const void* logits;  // [N, V]
   int64_t logits_stride;
@@ -15,13 +23,10 @@ struct PolicyLossArgs {
   bool grad_is_zero;  // rows without a gradient need no writing
   Dtype dtype;        // of both
   int64_t rows, vocab, responses;
-  const int64_t* labels;          // [N]
-  const float* advantages;        // [N]
-  const float* old_logprobs;      // [N] or null: on-policy
-  const float* ref_logprobs;      // [N] or null
-  const float* rollout_logprobs;  // [N] or null
-  const bool* mask;               // [N] or null: all count
-  const int64_t* cu_seqlens;      // [B + 1]
+  const int64_t* labels;  // [N]
+  TokenValues values;
+  const bool* mask;           // [N] or null: all count
+  const int64_t* cu_seqlens;  // [B + 1]
   LossRule rule;
   float* loss;           // [1]
   float* logprobs;       // [N]
@@ -48,5 +53,51 @@ struct LogprobsArgs {
 };
 
 bool logprobs(const LogprobsArgs& args);
+
+// The same in parts, for logits that come in chunks of rows or are split over the vocabulary. Every row that is given
+// is live and has its weight.
+
+constexpr int64_t kRowStats = 5;  // top, sum, centred, infinite of RowStats; logit of the label, -inf if it is not here
+
+struct HeadRows {
+  const void* logits;  // [rows, V]
+  int64_t stride;
+  Dtype dtype;
+  int64_t vocab;
+  const int64_t* labels;  // [rows], -1: not in this part of the vocabulary
+  float temperature;
+  const float* temperatures;  // [rows], or null: `temperature` for all
+  int num_threads;
+
+  float temperature_of(int64_t row) const { return temperatures == nullptr ? temperature : temperatures[row]; }
+  double rate(int64_t row) const;
+};
+
+// stats [rows, kRowStats] of the logits.
+void row_stats(const HeadRows& args, int64_t rows, double* stats);
+
+// Log-probabilities of the labels and entropies [rows]; reads stats and temperatures only.
+void row_logprobs(const HeadRows& args, int64_t rows, const double* stats, float* logprobs, float* entropy);
+
+// The gradient of row rows[i] of the logits into row i of grad [count, V], which may be the logits as long as rows[i]
+// is i or i is not among the rows. All else is indexed by the row of the logits.
+void row_grads(const HeadRows& args, int64_t count, const int64_t* rows, const double* stats, const double* slopes,
+               const double* entropy_slopes, void* grad);
+
+struct LossTermsArgs {
+  TokenValues values;
+  const float* logprobs;      // [N]
+  const float* entropy;       // [N]
+  const double* weights;      // [N] of each token in the loss
+  const int64_t* cu_seqlens;  // [B + 1]
+  int64_t responses;
+  LossRule rule;
+  float* loss;     // [N] before weights
+  float* kl;       // [N]
+  bool* clipped;   // [N]
+  double* slopes;  // [N] d loss / d logp
+};
+
+void loss_terms(const LossTermsArgs& args);
 
 }  // namespace capo

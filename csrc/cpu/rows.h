@@ -17,7 +17,7 @@ struct RowStats {
   bool infinite;   // the row has -inf
 };
 
-// The gradient of a row: 2^t * (alpha + beta * t); the label's entry is given.
+// The gradient of a row: 2^t * (alpha + beta * t); the label's entry is given, unless the label is -1.
 struct RowGrad {
   double rate;
   float top;

@@ -196,7 +196,7 @@ void grad_row(const T* z, T* out, int64_t size, const RowGrad& how) {
     store_pair(out + i, grad(a), grad(b), how.stream);
   }
   if (i < size) part(i, size - i);
-  store_one(out + how.label, how.label_grad);
+  if (how.label >= 0) store_one(out + how.label, how.label_grad);
 #if defined(__x86_64__)
   if (how.stream) _mm_sfence();
 #endif

@@ -1,0 +1,63 @@
+"""The Triton kernels compiled ahead of time: no spills, wide loads, nothing in float64 where it is hot. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """What the compilers report of the kernels that touch logits, by target. In a process without the interpreter."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, ROOT / "benchmarks/gpu_report.py", "--json", "--hot", *TARGETS]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_spilled(target, kernels):
+    assert {k["name"] for k in kernels[target]} == {
+        "loss_of_rows", "stats_of_rows", "sums_of_parts", "gradient_of_rows"
+    }  # fmt: skip
+    assert {k["name"]: k["spilled"] for k in kernels[target] if k["spilled"]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_programs_fit_on_a_multiprocessor(target, kernels):
+    # 16 warps each; an AMD SIMD has as many registers for 8 waves of 64.
+    limit = 64 if target.startswith("sm") else 128
+    assert max(k["registers"] for k in kernels[target]) <= limit
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_read_and_written_128_bits_at_a_time(target, kernels):
+    for k in kernels[target]:
+        assert k["wide_loads"] >= 4, k
+        assert k["wide_stores"] >= 4 or k["name"] in ("stats_of_rows", "sums_of_parts"), k
+        if target.startswith("sm") and k["name"] != "gradient_of_rows":
+            assert k["evict_last"] >= 4, k
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_there_are_no_atomics(target, kernels):
+    assert not any(k["atomics"] for k in kernels[target])
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
+def test_the_loops_over_a_row_are_lean(target, kernels):
+    for k in kernels[target]:
+        assert {loop["writes"] for loop in k["loops"]} == {
+            "loss_of_rows": {False, True}, "stats_of_rows": {False}, "sums_of_parts": {False}, "gradient_of_rows": {True}
+        }[k["name"]], k  # fmt: skip
+        assert all(loop["instructions"] < 12 and loop["float64"] == 0 for loop in k["loops"]), k
