@@ -68,7 +68,7 @@ class VllmEngine:
                 kv_cache_memory_bytes=int(cache_gib * 2**30),
                 **cpu_options(),
             )
-        # On a CPU, vLLM would spend ten seconds compiling what ranks a token.
+        # On a CPU, vLLM would compile what ranks a sampled token, which takes longer than it saves.
         self._eager = (lambda: torch.compiler.set_stance("force_eager")) if cpu_options() else nullcontext
         self.sync()
 
