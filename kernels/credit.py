@@ -304,8 +304,10 @@ def offsets_of_groups(
             same_tokens = spread_is_rounding(tl.minimum(low, least), tl.maximum(high, most))
             if NORMALIZE == RESPONSES:
                 scale = scale_of(count, squares, least, most, std_floor)
+            elif NORMALIZE == LEAVE_ONE_OUT:
+                scale = tl.where(count < 2.0, 0.0, 1.0).to(tl.float64)
             else:
-                scale = tl.where((NORMALIZE == LEAVE_ONE_OUT) & (count < 2.0), 0.0, 1.0).to(tl.float64)
+                scale = tl.full((), 1.0, tl.float64)
             scale = tl.where(same_tokens, 0.0, scale)
         for start in range(first, last, BLOCK):
             member = start + lanes < last

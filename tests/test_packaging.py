@@ -378,11 +378,11 @@ def banned(tree: ast.AST):
             if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save",
                         "yaml.load", "numpy.load", "np.load"):  # fmt: skip
                 yield node, f"{name}()"
-            if any(key.arg == "shell" and not (isinstance(key.value, ast.Constant) and not key.value.value)
-                   for key in node.keywords):  # fmt: skip
-                yield node, "shell=True"
-            if any(key.arg == "trust_remote_code" for key in node.keywords):
-                yield node, "trust_remote_code"
+            for key in node.keywords:
+                if key.arg in ("shell", "trust_remote_code") and not (
+                    isinstance(key.value, ast.Constant) and not key.value.value
+                ):
+                    yield node, f"{key.arg}=True"
 
 
 def test_the_bans_are_noticed():
@@ -391,11 +391,13 @@ def test_the_bans_are_noticed():
         "from pickle import loads": "import pickle", "eval(x)": "eval()", "exec(x)": "exec()",
         "torch.load(f)": "torch.load()", "torch.save(x, f)": "torch.save()", "yaml.load(f)": "yaml.load()",
         "os.system(x)": "os.system()", "subprocess.run(x, shell=True)": "shell=True", "compile(x, y, z)": "compile()",
+        "load(x, trust_remote_code=True)": "trust_remote_code=True", "load(x, trust_remote_code=y)": "trust_remote_code=True",
     }  # fmt: skip
     for source, what in planted.items():
         assert [found for _, found in banned(ast.parse(source))] == [what]
     harmless = (
-        "model.eval(); torch.compile(f); re.compile(x); subprocess.run(x, shell=False); safetensors.torch.load(f)"
+        "model.eval(); torch.compile(f); re.compile(x); subprocess.run(x, shell=False); safetensors.torch.load(f); "
+        "load(x, trust_remote_code=False)"
     )
     assert not list(banned(ast.parse(harmless)))
 
