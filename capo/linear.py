@@ -9,6 +9,7 @@ all chunks: nothing depends on how the rows are cut.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -48,28 +49,28 @@ def policy_loss(
     groups = list(_groups(response, head.chunk_rows, by_response=rule.ratio != "token"))
     sizes = [last - first for first, last in groups for first, last in _pieces(first, last, head.chunk_rows)]
     gradients = _Gradients(head, need_grad, several=len(sizes) > 1)
-    head.allocate(max(sizes, default=0))
     loss_terms, parts = kernel("loss_terms", hidden.device), []
-    for first, last in groups:
-        these = slice(first, last)
-        pieces = [torch.arange(*piece, device=index.device) for piece in _pieces(first, last, head.chunk_rows)]
-        for piece in pieces:
-            inputs, logits = rows.logits(piece)
-            rows.read(piece, logits)
-        logprobs, entropy = rows.logprobs(these)
-        cu = _boundaries(response[these]) if rule.ratio != "token" else torch.tensor([0, last - first])
-        of_these = [None if x is None else x[these] for x in values]
-        *terms, slopes = loss_terms(logprobs, entropy, *of_these, weights[these], cu.to(index.device), *rule_fields)
-        parts.append((logprobs, entropy, *terms))
-        if not any(need_grad):
-            continue
-        rows.slopes[these], rows.entropy_slopes[these] = slopes, entropy_slopes[these]
-        kept = (slopes != 0) | (entropy_slopes[these] != 0)
-        if len(pieces) == 1:
-            gradients.add(rows, pieces[0], _moves(kept), inputs, logits)
-        else:  # a response longer than a chunk: its logits are gone
-            for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0])):
-                gradients.add(rows, piece, torch.arange(len(piece), device=index.device), *rows.logits(piece))
+    with head.memory(max(sizes, default=0)):
+        for first, last in groups:
+            these = slice(first, last)
+            pieces = [torch.arange(*piece, device=index.device) for piece in _pieces(first, last, head.chunk_rows)]
+            for piece in pieces:
+                inputs, logits = rows.logits(piece)
+                rows.read(piece, logits)
+            logprobs, entropy = rows.logprobs(these)
+            cu = _boundaries(response[these]) if rule.ratio != "token" else torch.tensor([0, last - first])
+            of_these = [None if x is None else x[these] for x in values]
+            *terms, slopes = loss_terms(logprobs, entropy, *of_these, weights[these], cu.to(index.device), *rule_fields)
+            parts.append((logprobs, entropy, *terms))
+            if not any(need_grad):
+                continue
+            rows.slopes[these], rows.entropy_slopes[these] = slopes, entropy_slopes[these]
+            kept = (slopes != 0) | (entropy_slopes[these] != 0)
+            if len(pieces) == 1:
+                gradients.add(rows, pieces[0], _moves(kept), inputs, logits)
+            else:  # a response longer than a chunk: its logits are gone
+                for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0])):
+                    gradients.add(rows, piece, torch.arange(len(piece), device=index.device), *rows.logits(piece))
 
     empty = [hidden.new_zeros(0, dtype=torch.float32)] * 4 + [live[:0]]
     logprobs, entropy, loss, kl, clipped = (torch.cat(part) for part in zip(*(parts or [empty]), strict=True))
@@ -92,10 +93,10 @@ def logprobs(hidden, weight, bias, labels, mask, row_temperature, temperature, s
     index = torch.arange(len(labels), device=labels.device) if mask is None else mask.nonzero()[:, 0]
     rows = _Rows(head, index, labels, temperature if row_temperature is None else row_temperature)
     pieces = list(_pieces(0, len(index), head.chunk_rows))
-    head.allocate(max((last - first for first, last in pieces), default=0))
-    for piece in pieces:
-        piece = torch.arange(*piece, device=index.device)
-        rows.read(piece, rows.logits(piece)[1])
+    with head.memory(max((last - first for first, last in pieces), default=0)):
+        for piece in pieces:
+            piece = torch.arange(*piece, device=index.device)
+            rows.read(piece, rows.logits(piece)[1])
     values = rows.logprobs(slice(None))
     return tuple(torch.zeros(len(labels), device=index.device).index_copy(0, index, x) for x in values)
 
@@ -119,15 +120,22 @@ class _Head:
         row_bytes = widest * hidden.element_size() * (1 if softcap is None else 2)
         rows = max(chunk_bytes // row_bytes, MIN_CHUNK_ROWS)
         self.chunk_rows = rows // ROW_MULTIPLE * ROW_MULTIPLE
-        self.zeros = kernel("zeros", hidden.device)
 
-    def allocate(self, rows: int) -> None:
-        """Memory for chunks of up to so many rows."""
-        size = _rounded(rows)
-        self.inputs = self.zeros((size, self.hidden.shape[1]), self.hidden.dtype, self.hidden.device)
-        self.buffer = self.zeros((size, self.width), self.hidden.dtype, self.hidden.device)
+    @contextmanager
+    def memory(self, rows: int) -> Iterator[None]:
+        """Memory for chunks of up to so many rows, with anything in it."""
+        size, dtype = _rounded(rows), self.hidden.dtype
         # The derivative of the softcap needs the logits as they were before.
-        self.uncapped = self.buffer if self.softcap is None else torch.empty_like(self.buffer)
+        widths = [self.width, self.hidden.shape[1], *([self.width] if self.softcap is not None else [])]
+        sizes = [-(-size * width * dtype.itemsize // 64) * 64 for width in widths]
+        with kernel("workspace", self.hidden.device)(sum(sizes), self.hidden.device) as workspace:
+            parts = [
+                part[: size * width * dtype.itemsize].view(dtype).view(size, width)
+                for part, width in zip(workspace.split(sizes), widths, strict=True)
+            ]
+            self.buffer, self.inputs, self.uncapped = parts[0], parts[1], parts[-1 if self.softcap is not None else 0]
+            yield
+            del self.buffer, self.inputs, self.uncapped
 
     def logits(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of some rows and their logits, in memory that the next call uses again."""
@@ -201,10 +209,10 @@ class _Gradients:
         self.head, (hidden, weight, bias) = head, need_grad
 
         def sum_like(x):
-            return head.zeros(x.shape, torch.float32 if several else x.dtype, x.device)
+            return torch.zeros_like(x, dtype=torch.float32 if several else x.dtype)
 
         dtype = head.hidden.dtype if head.shards is None else torch.float32
-        self.hidden = head.zeros(head.hidden.shape, dtype, head.hidden.device) if hidden else None
+        self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
         self.weight = sum_like(head.whole_weight) if weight else None
         self.bias = torch.zeros_like(head.whole_bias, dtype=torch.float32) if bias else None
 
@@ -244,7 +252,7 @@ class _Gradients:
         return tuple(self.rounded(x, dtype) for x in (self.hidden, self.weight, self.bias))
 
     def rounded(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        return x if x is None or x.dtype == dtype else self.head.zeros(x.shape, dtype, x.device).copy_(x)
+        return None if x is None else x.to(dtype)
 
 
 class _Shards:

@@ -215,7 +215,8 @@ def linear_policy_loss(
         temperature: [N] float, above 0: one for every row instead of ``rule.temperature``, which must be 1 then.
         softcap: logits z become ``softcap * tanh(z / softcap)``, before the temperature; None: off.
         vocab_size: rows of ``weight`` from here on are padding: no probability, gradient 0; None: there are none.
-        chunk_bytes: memory for the logits of a chunk, in bytes; at least 256 rows are taken.
+        chunk_bytes: memory for the logits of a chunk, in bytes; at least 256 rows are taken. The C++ backend keeps it from
+            one call to the next.
         group: process group over whose ranks ``weight`` (and ``bias``) are split by rows, in the order of the ranks. All
             other arguments are the same on all ranks; ``vocab_size`` counts the rows of all. The loss and the gradient
             of ``hidden`` are whole on each rank.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -54,18 +56,31 @@ def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_toke
     return advantages
 
 
-def zeros(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros on a cache line. Where they are many, memory is not touched before it is written, so that rows
-    which never are cost nothing, and comes in large pages."""
-    count, size = math.prod(shape), dtype.itemsize
-    memory = np.zeros(count * size + 63, dtype=np.uint8)
-    first = -memory.ctypes.data % 64
-    return torch.from_numpy(memory[first : first + count * size]).view(dtype).view(shape)
+_kept: list[Tensor] = []  # what workspace() keeps from one call to the next, one piece at most
+
+
+@contextlib.contextmanager
+def workspace(size: int, device: torch.device) -> Iterator[Tensor]:
+    """Some bytes of memory with anything in them. The piece is kept: a matrix product into fresh memory may take a third
+    longer than one into memory that is there."""
+    memory = _kept.pop() if _kept else None
+    if memory is None or memory.numel() < size:
+        memory = None  # given back before more is taken
+        with torch.inference_mode(False):
+            memory = torch.empty(size, dtype=torch.uint8)
+    try:
+        yield memory[:size]
+    finally:
+        _kept[:] = [memory]
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """Zeros of the shape of the logits."""
-    return zeros(logits.shape, logits.dtype, logits.device)
+    """Zeros of the shape of the logits, on a cache line. Where they are many, memory is not touched before it is written, so
+    that rows without gradient cost nothing, and comes in large pages."""
+    size = logits.numel() * logits.element_size()
+    memory = np.zeros(size + 63, dtype=np.uint8)
+    first = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[first : first + size]).view(logits.dtype).view(logits.shape)
 
 
 def _rule(rule) -> tuple:

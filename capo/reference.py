@@ -5,6 +5,8 @@ In float64 it is the truth. ``credit``, ``policy_loss`` and ``logprobs`` at the 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -449,8 +451,10 @@ LOG2_E = 1.4426950408889634
 _BLOCK = 32  # rows that are in float32 at a time
 
 
-def zeros(shape, dtype, device):
-    return torch.zeros(shape, dtype=dtype, device=device)
+@contextlib.contextmanager
+def workspace(size, device):
+    """Some bytes of memory with anything in them."""
+    yield torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def row_stats(logits, labels, temperature):

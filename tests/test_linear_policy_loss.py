@@ -637,3 +637,19 @@ def test_bad_arguments_are_named(device):
     refused(r"rule.temperature=0.5; leave one", device, LossRule(temperature=0.5), temperature=torch.ones(5))
     refused(r"kl_coef=0.1 needs ref_logprobs", device, LossRule(kl_coef=0.1), ref_logprobs=None)
     refused(r"importance_cap needs rollout_logprobs", device, LossRule(importance_cap=2.0), rollout_logprobs=None)
+
+
+def test_memory_of_chunks_is_kept_and_never_shared():
+    from capo import native
+
+    cpu = torch.device("cpu")
+    with native.workspace(1 << 20, cpu) as first, native.workspace(1 << 20, cpu) as second:
+        assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+        kept = second, first
+    with native.workspace(1 << 19, cpu) as again:
+        assert again.numel() == 1 << 19
+        assert again.data_ptr() in [memory.data_ptr() for memory in kept]
+    with torch.inference_mode(), native.workspace(1 << 21, cpu):
+        pass
+    head = Head(lengths=(5, 3))
+    head.run(LossRule())  # in memory that was taken in inference mode
