@@ -88,7 +88,8 @@ def run(args: list[str]) -> None:
 
 
 def _parser() -> Any:
-    return TrlParser((CapoScriptArguments, CapoConfig, ModelConfig, DatasetMixtureConfig), prog="capo trl")
+    kinds: Any = (CapoScriptArguments, CapoConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(kinds, prog="capo trl")
 
 
 def _unknown(args: list[str]) -> list[str]:
