@@ -160,7 +160,7 @@ ROW_LOSS = [
         "logits overwritten before they are read again",
         INPLACE,
         "const Row r = read(row);",
-        "const Row r = read(row);\n        if (args.grad != nullptr) kernels.fill[type](grad(row), args.vocab, 0.f);",
+        "const Row r = read(row);\n        if (args.grad != nullptr) kernels.fill[type](grad(row), args.vocab, 0.f, false);",
     ),
     Mutant(
         "gradient of dead rows not written",
@@ -201,12 +201,6 @@ ROWS = [
     Mutant("first guess of the top is final", REGIMES, "result.sum > 0.0 && result.sum < 0x1p24", "true"),
     Mutant("label not in the guess of the top", REGIMES, "if (at_label > top) top = at_label;", ""),
     Mutant("-inf not held", REGIMES, "if constexpr (kHeld || !kAnyExponent) d = hold", "if constexpr (false) d = hold"),
-    Mutant(
-        "-inf not held in the gradient",
-        REGIMES,
-        "if constexpr (kInfinite || !kAnyExponent) t = hold",
-        "if constexpr (false) t = hold",
-    ),
     Mutant(
         "gradient of -inf not 0",
         LOSS + "test_logits_of_minus_infinity",
