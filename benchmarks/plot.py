@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py [FOLDER ...]     folders of results; all of benchmarks/results by default
 
-Each <op>.csv gives PNG files beside it.
+Each <op>.csv that run.py wrote gives PNG files beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rows = list[dict[str, str]]
 
 def read(path: Path) -> Rows:
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["median_ms"]]
+        return [row for row in csv.DictReader(file) if row.get("median_ms")]
 
 
 def is_floor(row: dict[str, str]) -> bool:
