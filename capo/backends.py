@@ -65,9 +65,13 @@ def available(device_type: str) -> tuple[str, ...]:
     )  # interpreted: for tests only
 
 
+def _wanted() -> str:
+    return _choice.get() or os.environ.get("CAPO_BACKEND", "auto")
+
+
 def chosen(device_type: str) -> str:
     """Name of the backend that runs on this kind of device under the present choice."""
-    choice = _choice.get() or os.environ.get("CAPO_BACKEND", "auto")
+    choice = _wanted()
     if choice == "auto":
         return available(device_type)[0]
     _check_name(choice)
@@ -85,8 +89,7 @@ def kernel(name: str, device: torch.device) -> Callable:
     Raises:
         RuntimeError: the backend asked for cannot run on the device, or has no such function.
     """
-    choice = _choice.get() or os.environ.get("CAPO_BACKEND", "auto")
-    candidates = available(device.type) if choice == "auto" else (chosen(device.type),)
+    candidates = available(device.type) if _wanted() == "auto" else (chosen(device.type),)
     for backend in candidates:
         function = getattr(importlib.import_module(BACKENDS[backend]), name, None)
         if function is not None:

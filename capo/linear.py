@@ -133,7 +133,8 @@ class _Head:
                 part[: size * width * dtype.itemsize].view(dtype).view(size, width)
                 for part, width in zip(workspace.split(sizes), widths, strict=True)
             ]
-            self.buffer, self.inputs, self.uncapped = parts[0], parts[1], parts[-1 if self.softcap is not None else 0]
+            self.buffer, self.inputs, *uncapped = parts
+            self.uncapped = uncapped[0] if uncapped else self.buffer
             yield
             del self.buffer, self.inputs, self.uncapped
 

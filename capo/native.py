@@ -63,7 +63,10 @@ _kept: list[Tensor] = []  # what workspace() keeps from one call to the next, on
 def workspace(size: int, device: torch.device) -> Iterator[Tensor]:
     """Some bytes of memory with anything in them. The piece is kept: a matrix product into fresh memory may take a third
     longer than one into memory that is there."""
-    memory = _kept.pop() if _kept else None
+    try:
+        memory = _kept.pop()  # at once, as another thread may want it
+    except IndexError:
+        memory = None
     if memory is None or memory.numel() < size:
         memory = None  # given back before more is taken
         with torch.inference_mode(False):
