@@ -69,7 +69,7 @@ COLUMNS = [
     "load",
     "date",
 ]
-PAUSE = 0.005  # s before each timing: worker threads of the variant before stop spinning
+PAUSE = 0.02  # s before each timing: worker threads of the variant before stop spinning
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 

@@ -214,6 +214,8 @@ ROWS = [
         "how.alpha - how.beta * shift",
         "how.alpha",
     ),
+    Mutant("first vector of a run left out", RULES, "put(p, whole, false);", ""),
+    Mutant("last vector of a run left out", RULES, "put(p + size - kWhole, whole, false);", ""),
     Mutant("NaN filled with 0", NAN, "store_one(&element, value);", "store_one(&element, 0.f);"),
     Mutant("label gradient not written", OPTIONS, "store_one(out + how.label, how.label_grad);", ""),
 ]
@@ -334,8 +336,14 @@ ADVANTAGES = [
     ),
     Mutant("no steps, no share", RULES, "count == 0 ? 1.0", "count == 0 ? 0.0"),
     Mutant("shares of the wrong responses", RULES, "if (!right(i)) continue;", ""),
-    Mutant("steps beyond their response", BAD_CREDIT, " || a.ends[s] > a.cu_seqlens[i + 1]", ""),
-    Mutant("steps overlap", BAD_CREDIT, "a.starts[s] < token || ", ""),
+    Mutant(
+        "few groups are not written",
+        CREDIT + "test_result_does_not_depend_on_the_order_of_votes_or_on_threads",
+        "if (all_fit && !write_at_once)",
+        "if (all_fit && write_at_once)",
+    ),
+    Mutant("steps beyond their response", BAD_CREDIT, " && token <= args.cu_seqlens[i + 1]", ""),
+    Mutant("steps overlap", BAD_CREDIT, "args.starts[s] < token || ", ""),
 ]
 
 CALLS = [

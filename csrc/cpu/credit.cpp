@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -47,9 +48,14 @@ struct Moments {
 class Pass {
  public:
   explicit Pass(const CreditArgs& a)
-      : args(a), rule(a.rule), kernels(row_kernels()), weights(a.steps), offset(a.responses), factor(a.responses) {}
+      : args(a),
+        rule(a.rule),
+        kernels(row_kernels()),
+        weights(std::make_unique_for_overwrite<double[]>(a.steps)),
+        offset(std::make_unique_for_overwrite<double[]>(a.responses)),
+        factor(std::make_unique_for_overwrite<double[]>(a.responses)) {}
 
-  // False if a vote is none.
+  // False if the steps or votes of a response do not fit.
   bool run() {
     std::vector<int64_t> order(args.responses);
     std::iota(order.begin(), order.end(), int64_t{0});
@@ -57,23 +63,26 @@ class Pass {
     std::vector<size_t> cu_groups = {0};
     for (size_t i = 1; i <= order.size(); ++i)
       if (i == order.size() || args.groups[order[i]] != args.groups[order[i - 1]]) cu_groups.push_back(i);
-    std::atomic<bool> votes_fit{true};
-    parallel_for(cu_groups.size() - 1, 1, args.num_threads, [&](int64_t first, int64_t last) {
+    const int64_t num_groups = static_cast<int64_t>(cu_groups.size()) - 1;
+    // A group is written by the thread that has its steps in the cache, unless there are too few of them for all
+    // threads.
+    const bool write_at_once = num_groups >= args.num_threads;
+    std::atomic<bool> all_fit{true};
+    parallel_for(num_groups, 1, args.num_threads, [&](int64_t first, int64_t last) {
       for (int64_t g = first; g < last; ++g) {
-        Members members;
-        for (size_t k = cu_groups[g]; k < cu_groups[g + 1]; ++k) {
-          const int64_t i = order[k];
-          if (!weigh(i)) votes_fit = false;
-          if (!std::isnan(args.outcomes[i])) members.push_back(i);  // an undecided outcome leaves its group
-        }
-        if (!members.empty()) group(members);
+        const int64_t* responses = order.data() + cu_groups[g];
+        const size_t count = cu_groups[g + 1] - cu_groups[g];
+        if (!group(responses, count))
+          all_fit = false;
+        else if (write_at_once)
+          for (size_t k = 0; k < count; ++k) write(responses[k]);
       }
     });
-    if (!votes_fit) return false;
-    parallel_for(args.responses, 64, args.num_threads, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) write(i);
-    });
-    return true;
+    if (all_fit && !write_at_once)
+      parallel_for(args.responses, 64, args.num_threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) write(i);
+      });
+    return all_fit;
   }
 
  private:
@@ -82,18 +91,21 @@ class Pass {
   const CreditArgs& args;
   const CreditRule& rule;
   const RowKernels& kernels;
-  std::vector<double> weights;         // of each step
-  std::vector<double> offset, factor;  // of each response: advantage = (reward - offset) * factor
+  std::unique_ptr<double[]> weights;         // of each step
+  std::unique_ptr<double[]> offset, factor;  // of each response: advantage = (reward - offset) * factor
 
-  // Weights of the steps of a response; false if a vote is none.
+  // Weights of the steps of a response; false if a step lies outside of it or before the one before, or a vote is none.
   bool weigh(int64_t i) {
     bool foreign = false;
+    int64_t token = args.cu_seqlens[i];
     for (int64_t s = args.cu_steps[i]; s < args.cu_steps[i + 1]; ++s) {
+      if (args.starts[s] < token || args.ends[s] < args.starts[s]) return false;
+      token = args.ends[s];
       const VoteCount votes = count_votes(args.votes + s * args.votes_per_step, args.votes_per_step);
       foreign |= votes.foreign;
       weights[s] = step_weight(votes.n, votes.c, rule.vote);
     }
-    return !foreign;
+    return !foreign && token <= args.cu_seqlens[i + 1];
   }
 
   int64_t length(int64_t i) const { return args.cu_seqlens[i + 1] - args.cu_seqlens[i]; }
@@ -148,8 +160,20 @@ class Pass {
 
   double inverse_std(double std) const { return 1.0 / std::max(std, rule.std_floor); }
 
-  void group(const Members& members) {
-    for (int64_t i : members) offset[i] = factor[i] = 0.0;
+  // Offset and factor of the responses of a group; false if one does not fit.
+  bool group(const int64_t* responses, size_t count) {
+    Members members;
+    for (size_t k = 0; k < count; ++k) {
+      const int64_t i = responses[k];
+      if (!weigh(i) || std::isinf(args.outcomes[i])) return false;
+      offset[i] = factor[i] = 0.0;
+      if (!std::isnan(args.outcomes[i])) members.push_back(i);  // an undecided outcome leaves its group
+    }
+    if (!members.empty()) statistics(members);
+    return true;
+  }
+
+  void statistics(const Members& members) {
     if (rule.reward == Reward::kStepSuffix)
       step_suffix(members);
     else if (rule.reward == Reward::kShare)
@@ -301,21 +325,11 @@ class Pass {
   }
 };
 
-bool fits(const CreditArgs& a) {
-  if (!cumulative(a.cu_seqlens, a.responses, a.tokens) || !cumulative(a.cu_steps, a.responses, a.steps)) return false;
-  for (int64_t i = 0; i < a.responses; ++i) {
-    if (std::isinf(a.outcomes[i])) return false;
-    int64_t token = a.cu_seqlens[i];
-    for (int64_t s = a.cu_steps[i]; s < a.cu_steps[i + 1]; ++s) {
-      if (a.starts[s] < token || a.ends[s] < a.starts[s] || a.ends[s] > a.cu_seqlens[i + 1]) return false;
-      token = a.ends[s];
-    }
-  }
-  return true;
-}
-
 }  // namespace
 
-bool credit(const CreditArgs& args) { return fits(args) && Pass(args).run(); }
+bool credit(const CreditArgs& args) {
+  return cumulative(args.cu_seqlens, args.responses, args.tokens) &&
+         cumulative(args.cu_steps, args.responses, args.steps) && Pass(args).run();
+}
 
 }  // namespace capo

@@ -219,11 +219,15 @@ void fill(void* out, int64_t size, float value, bool stream) {
   vf whole;
   std::memcpy(&whole, elements, sizeof(whole));
   T* p = static_cast<T*>(out);
-  int64_t i = 0;
-  if (stream)
-    for (; i < size && reinterpret_cast<uintptr_t>(p + i) % kLine != 0; ++i) p[i] = element;
-  for (; i + kWhole <= size; i += kWhole) put(p + i, whole, stream);
-  for (; i < size; ++i) p[i] = element;
+  if (size < kWhole) {
+    for (int64_t i = 0; i < size; ++i) p[i] = element;
+    return;
+  }
+  // The first and the last vector may overlap with those between them, which are aligned.
+  put(p, whole, false);
+  put(p + size - kWhole, whole, false);
+  const auto misplaced = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % sizeof(whole) / sizeof(T));
+  for (int64_t i = kWhole - misplaced; i + kWhole <= size; i += kWhole) put(p + i, whole, stream);
 #if defined(__x86_64__)
   if (stream) _mm_sfence();
 #endif
