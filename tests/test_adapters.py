@@ -7,9 +7,11 @@ that must not change are those of the trainer's code. Without it they are those 
 import asyncio
 import copy
 import functools
+import importlib
 import inspect
 import itertools
 import os
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 from test_step_credit import BAD, DEAF, END, GOLDEN, JUDGE, RESPONSES, SILENT, TOKEN_BYTES, WORD
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -1057,7 +1060,7 @@ def test_tinker_data_of_one_trajectory_are_judged_as_one_response():
     metrics = tinker.shape_data(credit, data, places, [group])
     rows = [one.loss_fn_inputs["advantages"].to_torch().tolist() for one in data]
     assert rows == [GOLDEN[0][:2], GOLDEN[0][2:], GOLDEN[1]]
-    assert [(r.question, r.reference, r.steps) for r in credit.judge.asked][0] == ("a.\n\n", None, ("aa", "a!"))
+    assert next((r.question, r.reference, r.steps) for r in credit.judge.asked) == ("a.\n\n", None, ("aa", "a!"))
     assert metrics["capo/flag_rate/right"] == 0.5 and tinker.shape_data(credit, [], [], []) == {}
 
 
@@ -1130,3 +1133,41 @@ def test_areal_classes_are_made_when_they_are_named(monkeypatch):
             areal.__dict__.pop(name, None)
     with pytest.raises(AttributeError, match="has no attribute CapoNothing"):
         _ = areal.CapoNothing
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("trainer", ADAPTERS)
+def test_examples_name_what_there_is(trainer):
+    yaml = YAML(typ="safe")
+    folder = EXAMPLES / trainer
+    text = (folder / "README.md").read_text()
+    for file in folder.iterdir():
+        assert file.name in text or file.name == "README.md"
+        if file.suffix == ".yaml":
+            assert isinstance(yaml.load(file), dict)
+        if file.suffix == ".py":
+            source = file.read_text()
+            compile(source, file.name, "exec")
+            text += source
+    module = importlib.import_module(f"capo.integrations.{trainer}")
+    named = re.findall(rf"capo\.integrations\.{trainer}\.(\w+)", text)
+    for imported in re.findall(rf"from capo\.integrations\.{trainer} import (.+)", text):
+        named += imported.split(", ")
+    assert named or f"-m {module.__name__} " in text
+    made_when_named = {"CapoRLVRWorkflow"} if trainer == "areal" else set()
+    assert not [name for name in named if name not in made_when_named and not hasattr(module, name)]
+
+
+def test_the_examples_credit_can_be_made(monkeypatch, tmp_path):
+    from tiny_model import make_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    for name, value in {"POLICY": str(tmp_path), "JUDGE": "judge", "JUDGE_URL": "http://localhost:8001/v1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("CAPO_CREDIT", "step_credit.credit")
+    credit = configured_credit()
+    assert credit.active and credit.num_votes == 5 and credit.judge is not None
+    sys.modules.pop("step_credit", None)
