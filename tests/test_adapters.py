@@ -12,6 +12,7 @@ import inspect
 import itertools
 import os
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -730,6 +731,34 @@ def test_recorded_signatures_are_those_of_the_fetched_release(trainer):
     assert not differences(FOLDER, contracts()[trainer]["symbols"])
 
 
+def test_changes_of_a_signature_are_seen(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "from b import Kept\nclass C:\n    x: int\n    y: int = 0\n    def f(self, a, b=1, *, c, **d): ...\nasync def g(a): ...\n"
+    )
+    there = {"import": ["Kept"], "C": ["x", "y"], "C.f": ["self", "a", "b=", "*", "c", "**d"], "g": ["a"]}
+    assert not differences(tmp_path, {"a.py": there})
+    wanted = {"import": ["Gone"], "C": ["z"], "C.f": ["self", "a", "b", "*", "c", "**d"], "g": ["a", "e"], "h": []}
+    assert differences(tmp_path, {"a.py": wanted, "b.py": {}}) == [
+        "a.py has no Gone",
+        "a.py: C has no z",
+        "a.py: C.f(self, a, b, *, c, **d) is now (self, a, b=, *, c, **d)",
+        "a.py: g(a, e) is now (a)",
+        "a.py: h is gone",
+        "b.py is gone",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pip", "code", "outcome"), [("true", 1, "changed"), ("false", 2, "not installable: pip failed")]
+)
+def test_the_comparison_fails_where_it_should(tmp_path, pip, code, outcome):
+    script = Path(__file__).parent.parent / ".ci" / "trainers"
+    run = [sys.executable, str(script), "--no-tests", str(tmp_path)]
+    done = subprocess.run(run, check=False, capture_output=True, text=True, env={**os.environ, "PIP_COMMAND": pip})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("skyrl ")]
+    assert done.returncode == code and lines[0].endswith(outcome), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("trainer", "file", "symbol", "function"),
     [
@@ -1112,6 +1141,27 @@ def test_install_puts_the_hooks_where_trainers_look_once(monkeypatch):
     tinker.install(credit)
     assert module.assemble_training_data([], advantages=[]) == ([], [])
     assert not hasattr(module.assemble_training_data.capo_host, "capo_host")
+
+
+def test_launchers_start_the_trainers_own(monkeypatch):
+    use(credit_of())
+    started = []
+    stub(monkeypatch, "ray", init=lambda **kwargs: started.append(kwargs["runtime_env"]))
+    monkeypatch.setattr("runpy.run_module", lambda name, **kwargs: started.append((name, kwargs["run_name"])))
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    openrlhf.main()
+    runtime, module = started
+    assert runtime["worker_process_setup_hook"] == "capo.integrations.openrlhf.install"
+    assert (
+        runtime["env_vars"]["CAPO_CREDIT"] == os.environ["CAPO_CREDIT"] and runtime["env_vars"]["NCCL_DEBUG"] == "INFO"
+    )
+    assert module == ("openrlhf.cli.train_ppo_ray", "__main__")
+
+    classes = {"grpo": object}
+    stub(monkeypatch, prime_rl._PLACES[0], ALGORITHM_CLASSES=classes)
+    stub(monkeypatch, "prime_rl.orchestrator.orchestrator", main=lambda: started.append(classes["grpo"].__name__))
+    prime_rl.main()
+    assert started[2] == "Capoobject"
 
 
 def test_areal_classes_are_made_when_they_are_named(monkeypatch):

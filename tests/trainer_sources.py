@@ -4,8 +4,6 @@ import ast
 import json
 from pathlib import Path
 
-import pytest
-
 CONTRACTS = Path(__file__).parent / "contracts" / "trainers.json"
 
 
@@ -90,6 +88,8 @@ def extract(path: Path, names: list[str], **known) -> dict:
 
 def need(root: Path | None, file: str) -> Path:
     """A file of an installed trainer, or the test is skipped."""
+    import pytest
+
     if root is None or not (root / file).exists():
         pytest.skip(f"{file} is not there: .ci/trainers fetches it")
     return root / file
