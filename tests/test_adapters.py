@@ -89,19 +89,11 @@ class Result:
 
 
 def through_skyrl(credit, batch, source=None):
-    if source is None:
-        estimate, lay_out = grpo, right_aligned
-    else:
-        file = need(source, "skyrl/backends/skyrl_train/utils/ppo_utils.py")
-        names = extract(file, ["compute_grpo_outcome_advantage"], torch=torch, np=np, defaultdict=defaultdict)
-        estimate = lambda rewards, mask, index: names["compute_grpo_outcome_advantage"](rewards, mask, index)[0]
-        file = need(source, "skyrl/train/dataset/preprocess.py")
-        known = {"torch": torch, "_verify_inputs": lambda *args: None, "logger": None, "AutoTokenizer": None}
-        found = extract(file, ["convert_prompts_responses_to_batch_tensors"], **known)
-        lay_out = found["convert_prompts_responses_to_batch_tensors"]
-
     class Data(dict):
-        metadata = {"uids": batch.groups}  # noqa: RUF012
+        metadata = {"uids": batch.groups, "avg_response_length": 5.0}  # noqa: RUF012
+
+        def to(self, device):
+            return self
 
     class Generator:
         async def generate(self, input_batch):
@@ -113,21 +105,30 @@ def through_skyrl(credit, batch, source=None):
             }
 
     class Trainer:
-        cfg = SimpleNamespace(trainer=None, generator=None)
-        generator = skyrl.JudgedGenerator(Generator(), credit)
-        all_metrics = {}  # noqa: RUF012
+        def __init__(self):
+            algorithm = {"advantage_estimator": "grpo", "gamma": 1.0, "lambd": 1.0, "grpo_norm_by_std": True}
+            algorithm |= {"use_kl_in_reward": False, "policy_loss_type": "regular"}
+            self.cfg = config(generator__step_wise_trajectories=False, trainer__algorithm=algorithm)
+            self.generator = skyrl.JudgedGenerator(Generator(), credit)
+            self.all_metrics = {}
 
         def compute_advantages_and_returns(self, data):
-            data["advantages"] = estimate(data["rewards"], data["response_mask"], data.metadata["uids"])
+            data["advantages"] = grpo(data["rewards"], data["response_mask"], data.metadata["uids"])
             return data
+
+    lay_out = right_aligned
+    if source is not None:
+        compute, lay_out = skyrl_sources(source)
+        Trainer.compute_advantages_and_returns = compute
 
     def data():
         rewards = [
-            [0.0] * (len(row) - 1) + [r] if row else [] for row, r in zip(batch.responses, batch.outcomes, strict=True)
+            [*[0.0] * (len(row) - 1), r][: len(row)] for row, r in zip(batch.responses, batch.outcomes, strict=True)
         ]
         tokenizer = SimpleNamespace(pad_token_id=BAD)
         parts = lay_out(tokenizer, batch.prompts, batch.responses, rewards, batch.masks)
-        return Data(zip(("sequences", "attention_mask", "response_mask", "rewards", "loss_mask"), parts, strict=False))
+        names = ("sequences", "attention_mask", "response_mask", "rewards", "loss_mask")
+        return Data(zip(names, parts, strict=False), values=None)
 
     messages = [[{"role": "user", "content": question}] for question in batch.questions]
     extras = [{"reward_spec": {"ground_truth": "7"}}] * len(messages)
@@ -135,8 +136,35 @@ def through_skyrl(credit, batch, source=None):
     host = trainer.compute_advantages_and_returns(data())["advantages"]
     asyncio.run(trainer.generator.generate({"prompts": messages, "env_extras": extras, "batch_metadata": None}))
     raw = skyrl.with_credit(trainer).compute_advantages_and_returns(data())["advantages"]
+    assert credit.active == ("capo/host_advantages" in trainer.all_metrics)
     edge = raw.shape[1]
     return Result([host], [raw], [raw[i, edge - len(r) :].tolist() for i, r in enumerate(batch.responses)])
+
+
+def skyrl_sources(source):
+    logger = SimpleNamespace(info=lambda text: None, warning=lambda text: None)
+    known = {"torch": torch, "np": np, "defaultdict": defaultdict, "logger": logger}
+    registry = SimpleNamespace(get=lambda name: estimators[f"compute_{name}_outcome_advantage"])
+    estimators = extract(
+        need(source, "skyrl/backends/skyrl_train/utils/ppo_utils.py"),
+        ["compute_grpo_outcome_advantage", "compute_advantages_and_returns"],
+        AdvantageEstimatorRegistry=registry,
+        **known,
+    )
+    trainer = extract(
+        need(source, "skyrl/train/trainer.py"),
+        ["RayPPOTrainer.compute_advantages_and_returns"],
+        ppo_utils=SimpleNamespace(**estimators),
+        **known,
+    )
+    preprocess = extract(
+        need(source, "skyrl/train/dataset/preprocess.py"),
+        ["convert_prompts_responses_to_batch_tensors"],
+        _verify_inputs=lambda *args: None,
+        **known,
+    )
+    convert = preprocess["convert_prompts_responses_to_batch_tensors"]
+    return trainer["RayPPOTrainer"].compute_advantages_and_returns, convert
 
 
 def right_aligned(tokenizer, prompts, responses, rewards, masks):

@@ -67,7 +67,8 @@ def extract(path: Path, names: list[str], **known) -> dict:
         if method:
             kept = next((one for one in body if isinstance(one, ast.ClassDef) and one.name == owner), None)
             if kept is None:
-                kept = ast.ClassDef(owner, [], [], [], [])
+                kept = ast.parse(f"class {owner}: pass").body[0]
+                kept.body.clear()
                 body.append(kept)
             kept.body.append(_find(node, [method]))
         else:
