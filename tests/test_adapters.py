@@ -7,7 +7,7 @@ that must not change are those of the trainer's code. Without it they are those 
 import asyncio
 import copy
 import functools
-import importlib
+import importlib.util
 import inspect
 import itertools
 import os
@@ -1190,6 +1190,51 @@ def test_launchers_start_the_trainers_own(monkeypatch):
     stub(monkeypatch, "prime_rl.orchestrator.orchestrator", main=lambda: started.append(classes["grpo"].__name__))
     prime_rl.main()
     assert started[2] == "Capoobject"
+
+
+RAY_FILES = {
+    "openrlhf/trainer/ppo_trainer.py": """
+import ray
+
+class RemoteExperienceMaker:
+    args = None
+
+@ray.remote
+class PPOTrainer:
+    def kind(self):
+        maker = RemoteExperienceMaker()
+        return type(maker).__name__, maker.capo_credit.num_votes
+""",
+    "openrlhf/cli/train_ppo_ray.py": """
+import sys
+import ray
+from openrlhf.trainer.ppo_trainer import PPOTrainer
+
+if __name__ == "__main__":
+    print(sys.argv[1:], *ray.get(PPOTrainer.remote().kind.remote()))
+""",
+    "my_credit.py": """
+import capo
+from capo.judges.scripted import ScriptedJudge
+
+def credit():
+    return capo.StepCredit(ScriptedJudge(lambda request: []), capo.TokenBytes([b"a"]), num_votes=3)
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_openrlhf_workers_of_ray_run_the_hook(tmp_path):
+    for name, text in RAY_FILES.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "CAPO_CREDIT": "my_credit.credit"}
+    run = [sys.executable, "-P", "-m", "capo.integrations.openrlhf", "--some.option", "1"]
+    done = subprocess.run(run, check=False, capture_output=True, text=True, env=environment, timeout=300)
+    assert "['--some.option', '1'] CapoRemoteExperienceMaker 3" in done.stdout, done.stdout + done.stderr
 
 
 def test_areal_classes_are_made_when_they_are_named(monkeypatch):
