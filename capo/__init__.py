@@ -16,6 +16,7 @@ _EXPORTS = {
     "LossRule": "capo.losses",
     "PolicyInputs": "capo.patch",
     "PolicyLoss": "capo.losses",
+    "StepCredit": "capo.shaping",
     "Steps": "capo.steps",
     "TokenBytes": "capo.steps",
     "linear_logprobs": "capo.losses",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from capo.losses import policy_loss as policy_loss
     from capo.patch import PolicyInputs as PolicyInputs
     from capo.patch import patch_causal_lm as patch_causal_lm
+    from capo.shaping import StepCredit as StepCredit
     from capo.shaping import shape as shape
     from capo.steps import Steps as Steps
     from capo.steps import TokenBytes as TokenBytes
