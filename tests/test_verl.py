@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -14,25 +15,25 @@ for package in ("verl", "ray", "hydra", "transfer_queue"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 'capo[verl]'")
 
 import numpy as np
-import verl.trainer.config
+import tiny_model
+import verl_judges
 from batches import lengths_to_cu, random_batch, reference
 from hydra import compose, initialize_config_dir
+from judge_server import FakeServer
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
-from tiny_model import make_tokenizer
 from verl import DataProto
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.v1 import get_trainer_cls
-from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.workers.config import ActorConfig
+from verl.utils.config import validate_config
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
 import capo
 from capo.integrations import verl as adapter
 from capo.integrations import verl_runtime as runtime
-from capo.judges import JudgeError, JudgeReply
-from capo.judges.scripted import ScriptedJudge
+from capo.judges import JudgeError
 from capo.reference import token_advantages
 
 RULES = ("capo", "vppo", "fapo", "papo", "grpo_process")
@@ -233,9 +234,7 @@ def test_tokens_that_verl_rejects_later_leave_the_statistics():
     live = data.batch["response_mask"].bool()
     assert not advantages[~live].any()
     data.non_tensor_batch["capo"][0] = {"steps": [], "votes": []}
-    torch.testing.assert_close(
-        advantages[live].double(), truth(packed(data, capo.CreditRule())), rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(advantages[live].double(), truth(packed(data, capo.CreditRule())), rtol=1e-6, atol=1e-9)
 
 
 def test_metrics_by_hand():
@@ -306,10 +305,13 @@ def test_batches_that_cannot_be_shaped_are_refused():
         nameless = DataProto(batch=rows().batch)
         with adapter.critiques([None] * len(data)):
             compute_advantage(nameless, "capo", config=config)
-    with pytest.raises(ValueError, match="critiques are of 2 rows, but the batch has 12"), adapter.critiques([None] * 2):
+    with (
+        pytest.raises(ValueError, match="critiques are of 2 rows, but the batch has 12"),
+        adapter.critiques([None] * 2),
+    ):
         compute_advantage(rows(), "capo", config=config)
     data.non_tensor_batch["capo"][3] = None
-    with pytest.raises(ValueError, match="row 3 has no critiques .* its agent loop is none of capo's"):
+    with pytest.raises(ValueError, match="row 3 has no critiques: its agent loop is none of capo's"):
         shaped(data, config)
     data = rows()
     data.non_tensor_batch["capo"] = np.roll(data.non_tensor_batch["capo"], 1)
@@ -328,7 +330,9 @@ def test_too_many_failures_stop_the_training():
     states = [state for judged in data.non_tensor_batch["capo"] for state in judged["states"]]
     share = states.count("failed") / len(states)
     shaped(data, algorithm(max_failure_rate=share))
-    with pytest.raises(JudgeError, match=f"{states.count('failed')} of the {len(states)} critiques of a batch have failed"):
+    with pytest.raises(
+        JudgeError, match=f"{states.count('failed')} of the {len(states)} critiques of a batch have failed"
+    ):
         shaped(data, algorithm(max_failure_rate=share - 0.01))
 
 
@@ -391,10 +395,282 @@ def gradients_follow_advantages(mode):
     mask = data.batch["response_mask"]
     old = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
     logprobs = old.clone().requires_grad_(True)
-    config = actor()
-    config.policy_loss["loss_mode"] = mode
-    if mode == "bypass_mode":
-        config.policy_loss["rollout_correction"] = {"loss_type": "ppo_clip", "bypass_mode": True, "rollout_is": None}
+    config = actor(policy_loss=PolicyLossConfig(loss_mode=mode, dro_beta=0.1))
     loss, _ = get_policy_loss_fn(mode)(old, logprobs, advantages, mask, "token-mean", config, None)
     loss.backward()
     return torch.equal(-logprobs.grad.sign(), advantages.sign() * mask)
+
+
+# ---- agent loops
+
+
+@pytest.fixture(scope="module")
+def example():
+    """verl's configuration with the example's on top, composed by Hydra. Not to be changed."""
+    with initialize_config_dir(str(EXAMPLES), version_base=None):
+        config = compose("capo")
+    OmegaConf.resolve(config)
+    return config
+
+
+TOKENIZER = tiny_model.make_tokenizer()
+
+
+def configured(**settings):
+    """As much of verl's configuration as an agent loop looks at."""
+    given = {"judge": "verl_judges.Spy", "num_votes": 2, **settings}
+    return OmegaConf.create({"algorithm": {"adv_estimator": "capo", "capo": given}})
+
+
+def output_of(parts):
+    """What an agent loop gives: texts by the policy, and by tools where the second entry is 0."""
+    ids = [(id_, kept) for text, kept in parts for id_ in TOKENIZER(text).input_ids]
+    return AgentLoopOutput(
+        prompt_ids=[1, 2], response_ids=[i for i, _ in ids], response_mask=[kept for _, kept in ids], metrics={}
+    )
+
+
+class Loop:
+    """In place of an agent loop of verl."""
+
+    def __init__(self, config, output):
+        self.config, self.tokenizer, self.output = config, TOKENIZER, output
+
+    async def run(self, sampling_params, **kwargs):
+        return self.output
+
+
+class Judged(runtime.CapoAgentMixin, Loop):
+    pass
+
+
+ROW = {
+    "raw_prompt": [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": [{"type": "text", "text": "1+2"}]},
+    ],
+    "reward_model": {"ground_truth": "3"},
+    "extra_info": {"question": "1 + 2 = ?", "answer": "1 + 2 = 3"},
+}
+
+
+def judge_of(config, parts, row=ROW):
+    """The judgement of a response, and the requests that the judge got."""
+    verl_judges.SEEN.clear()
+    output = output_of(parts) if isinstance(parts, list) and isinstance(parts[0], tuple) else parts
+    made = asyncio.run(Judged(config, output).run({}, **row))
+    return made.extra_fields.get("capo"), list(verl_judges.SEEN)
+
+
+@pytest.mark.parametrize("judge", ["Spy", "Awaited", "ready"])
+def test_an_agent_loop_asks_the_judge_about_the_steps_of_its_response(judge):
+    text = "One.\n\nwrong.\n\nThree."
+    judged, ((request, thread),) = judge_of(configured(judge=f"verl_judges.{judge}"), [(text, 1)])
+    assert request.steps == ("One.", "\n\nwrong.", "\n\nThree.")
+    assert request.question == "system: Add.\n\nuser: 1+2" and request.reference == "3"
+    assert ("capo judge" in thread) == (judge != "Awaited")
+    assert judged.pop("seconds") > 0 and judged.pop("judge_tokens") >= 0
+    assert judged == {
+        "steps": [[0, 4], [4, 12], [12, 20]],
+        "votes": [[0, 0], [1, 1], [0, 0]],
+        "states": ["valid", "valid"],
+        "length": 20,
+        "problem": None,
+    }
+
+
+def test_what_tools_say_is_in_no_step():
+    parts = [("One", 1), (" wrong\n\nwrong", 0), (" two\n\nwrong", 1), ("!", 0)]
+    judged, ((request, _),) = judge_of(configured(question="question", reference="answer"), parts)
+    assert request.steps == ("One", " two", "\n\nwrong")
+    assert request.question == "1 + 2 = ?" and request.reference == "1 + 2 = 3"
+    assert judged["steps"] == [[0, 3], [16, 20], [20, 27]] and judged["length"] == 28
+    assert judged["votes"] == [[0, 0], [0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("parts", [[("", 1)], [("\n\n", 1)], [("said by a tool", 0)]])
+def test_a_response_without_steps_is_not_judged(parts):
+    judged, seen = judge_of(configured(), parts)
+    assert not seen and judged["steps"] == judged["votes"] == judged["states"] == [] and judged["problem"] is None
+
+
+def test_without_penalty_the_judge_is_not_even_made():
+    judged, seen = judge_of(configured(process_weight=0, judge="nowhere.judge"), [("One", 1)])
+    assert judged is None and not seen
+
+
+def test_a_judge_that_gives_up_is_failures_for_the_trainer_to_count():
+    judged, _ = judge_of(configured(judge="verl_judges.Broken"), [("wrong", 1)])
+    assert judged["states"] == ["failed", "failed"] and judged["votes"] == [[-1, -1]]
+    mask = torch.ones(1, 5, dtype=torch.int64)
+    data = batch_of(mask, mask.float(), np.array(["a"], dtype=object), [judged])
+    with pytest.raises(JudgeError, match="2 of the 2 critiques of a batch have failed"):
+        shaped(data, configured().algorithm)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"judge": "verl_judges.Short"}, "ValueError: the judge was asked for 2 critiques of one response, and gave"),
+        ({"question": "task"}, "algorithm.capo.question='task': extra_info has only question, answer"),
+        ({"judge": "verl_judges.nobody"}, "algorithm.capo.judge: cannot import 'verl_judges.nobody'"),
+    ],
+)
+def test_what_goes_wrong_in_a_worker_is_told_by_the_trainer(settings, message):
+    judged, _ = judge_of(configured(**settings), [("One", 1)])
+    assert set(judged) == {"problem"} and message in judged["problem"]
+
+
+def test_several_sequences_a_session_are_refused():
+    outputs = [output_of([("One", 1)]), output_of([("Two", 1)])]
+    made = asyncio.run(Judged(configured(), outputs).run({}, **ROW))
+    assert all("gives several sequences" in output.extra_fields["capo"]["problem"] for output in made)
+    with pytest.raises(ValueError, match="row a_3_1 is a further sequence of a session"):
+        runtime._refuse_parts(["a_3_0", "a_3_1"])
+    runtime._refuse_parts(["a_0_0", "a_10_0", "pad0_1_0"])
+
+
+class Manager:
+    def __init__(self):
+        self.asked = []
+
+    def generate_sequences(self, prompts):
+        self.asked.append(prompts)
+
+    def other(self):
+        return "as it was"
+
+
+def test_validation_uses_the_agents_without_a_judge():
+    manager = Manager()
+    wrapped = runtime._UnjudgedValidation(manager, "capo_single_turn_agent")
+
+    def names(validate, given):
+        prompts = TensorDict({"index": torch.arange(2)}, batch_size=2)
+        if validate is not None:
+            prompts["validate"] = NonTensorData(validate)
+        if given:
+            prompts["agent_name"] = NonTensorStack(*given)
+        wrapped.generate_sequences(prompts)
+        assert len(manager.asked) == 1
+        asked = manager.asked.pop()
+        return asked["agent_name"] if "agent_name" in asked.keys() else None  # noqa: SIM118, SIM401
+
+    assert names(None, None) is None and names(False, None) is None
+    assert names(True, None) == "single_turn_agent"
+    mixed = ["capo_tool_agent", "tool_agent"]
+    assert names(True, mixed).tolist() == ["tool_agent", "tool_agent"] and names(False, mixed).tolist() == mixed
+    assert wrapped.other() == "as it was"
+
+
+# ---- configuration
+
+
+def test_the_example_is_a_configuration_of_verl(example):
+    validate_config(example, use_reference_policy=False, use_critic=False)
+    settings = runtime.check(example)
+    assert settings.rule == "capo" and settings.judge_options["model"] == "Qwen/Qwen3-8B"
+    assert example.trainer.use_v1 and example.trainer.v1.trainer_mode == "capo_sync"
+    environment = example.ray_kwargs.ray_init.runtime_env.env_vars
+    assert environment.VERL_USE_EXTERNAL_MODULES == runtime.__name__
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
+def test_the_trainers_are_verls_under_names_of_their_own(mode, example, monkeypatch):
+    mine, base = get_trainer_cls(f"capo_{mode}"), get_trainer_cls(mode)
+    assert issubclass(mine, base) and mine.__mro__[1] is runtime.CapoTrainerMixin
+    seen = []
+    monkeypatch.setattr(base, "__init__", lambda self, config: seen.append(config.trainer.v1.trainer_mode))
+    trainer = mine(OmegaConf.merge(example, {"trainer": {"v1": {"trainer_mode": f"capo_{mode}"}}}))
+    assert seen == [mode] and trainer.capo_settings.rule == "capo"
+
+
+def changed(config, *changes):
+    """As options of the command line, with or without a ``+``."""
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    return OmegaConf.merge(config, OmegaConf.from_dotlist(list(changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("algorithm.adv_estimator=grpo", "algorithm.adv_estimator='grpo' .* verl would run its own estimator"),
+        ("critic.enable=true", "critic.enable=True .* a critic learns the return of every token"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean", "loss_mode='geo_mean' .* takes the mean advantage"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=clip_cov", "loss_mode='clip_cov' .* checked with vanilla"),
+        ("distillation.enabled=true", "distillation.enabled=True .* has advantages of its own"),
+        ("algorithm.use_kl_in_reward=true", "use_kl_in_reward=True does not go with step-level credit"),
+        ("algorithm.capo.judge=null", "algorithm.capo.judge=None .* who names wrong steps is missing"),
+        ("algorithm.capo.judge=verl_judges.no_judge", "algorithm.capo.judge: verl_judges.no_judge with judge_options"),
+        ("algorithm.capo.judge=nowhere.Judge", "algorithm.capo.judge: cannot import 'nowhere.Judge'"),
+        (
+            "algorithm.capo.judge=verl_judges.ready",
+            "algorithm.capo.judge_options: verl_judges.ready is a judge already",
+        ),
+        ("algorithm.capo.judge_options.url=ftp://x", "algorithm.capo.judge: capo.judges.openai.OpenAIJudge with"),
+        ("algorithm.capo.judge_options.colour=red", "algorithm.capo.judge: capo.judges.openai.OpenAIJudge with"),
+        ("algorithm.capo.rule=dr_grpo", "algorithm.capo.rule='dr_grpo' looks at outcomes only"),
+    ],
+)
+def test_what_does_not_go_with_step_level_credit_is_refused(changes, message, example):
+    config = changed(example, changes)
+    with pytest.raises(ValueError, match=message):
+        runtime.check(config)
+    with pytest.raises(ValueError, match=message):
+        runtime.CapoTrainerSync(config)
+
+
+def test_with_penalty_0_all_losses_go_and_no_judge_is_needed(example):
+    loss = "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"
+    config = changed(example, "algorithm.capo.process_weight=0", "algorithm.capo.judge=null", loss)
+    assert not runtime.check(config).active
+
+
+def test_verls_legacy_trainer_is_refused_by_the_estimator(example):
+    """It gives the estimator no critiques; with penalty 0 it needs none."""
+    with pytest.raises(ValueError, match="trainer.use_v1=True"):
+        compute_advantage(rows(), example.algorithm.adv_estimator, config=example.algorithm)
+
+
+# ---- Ray
+
+
+@pytest.mark.slow
+def test_a_step_of_verls_trainer_with_workers_of_ray(tmp_path):
+    """Every worker finds the plugin; judge and rewards are asked in them, and advantages come out of TransferQueue."""
+    tiny_model.save(tmp_path / "model")
+    with FakeServer() as server:
+        changes = [
+            f"actor_rollout_ref.model.path={tmp_path / 'model'}",
+            f"algorithm.capo.judge_options.url={server.url}",
+            "data.train_batch_size=2",
+            "actor_rollout_ref.rollout.n=4",
+            "actor_rollout_ref.rollout.agent.num_workers=1",
+            "reward.num_workers=1",
+            "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+            "transfer_queue.backend.SimpleStorage.total_storage_size=1000",
+        ]
+        with initialize_config_dir(str(EXAMPLES), version_base=None):
+            OmegaConf.save(compose("capo", overrides=changes), tmp_path / "config.yaml", resolve=True)
+        environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": runtime.__name__, "OMP_NUM_THREADS": "1"}
+        script = Path(__file__).with_name("verl_ray.py")
+        command = [sys.executable, "-W", "ignore", script, tmp_path / "config.yaml", tmp_path / "result.json"]
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-4000:]
+        asked = len(server.requests)
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert told["trainer"] == "CapoTrainerSync" and told["mode"] == "sync"
+    assert asked == 8 and told["judged_in_validation"] == [False]
+    assert len(told["uid"]) == 9 and told["uid"][0].startswith("pad") and not any(told["advantages"][0])
+
+    ids = [torch.tensor(row) for row in told["responses"][1:]]
+    outcomes = [float(TOKENIZER.decode(row, skip_special_tokens=True).endswith("#### 3")) for row in ids]
+    assert [sum(row) for row in told["rm_scores"]] == [0, *outcomes] and len(set(outcomes)) == 2
+    token_bytes = capo.TokenBytes.from_tokenizer(TOKENIZER)
+    steps = capo.segment(torch.cat(ids), lengths_to_cu(list(map(len, ids))), token_bytes)
+    flags = [["wrong" in step for step in row] for row in capo.steps.step_texts(torch.cat(ids), steps, token_bytes)]
+    expected = capo.shape(outcomes, flags, groups=told["uid"][1:], token_ids=ids, token_bytes=token_bytes)
+    for row, wanted in zip(told["advantages"][1:], expected, strict=True):
+        assert torch.equal(torch.tensor(row), wanted)
+    assert told["metrics"]["capo/critiques/failed"] == 0 and told["metrics"]["capo/vote_agreement"] == 1

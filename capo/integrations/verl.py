@@ -105,7 +105,9 @@ class Settings(pydantic.BaseModel):
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
-                raise ValueError(f"algorithm.capo.{name} is no setting; there are {', '.join(cls.model_fields)}") from None
+                raise ValueError(
+                    f"algorithm.capo.{name} is no setting; there are {', '.join(cls.model_fields)}"
+                ) from None
             raise ValueError(f"algorithm.capo.{name}={first['input']!r}: {first['msg']}") from None
         try:
             active = settings.active
@@ -239,7 +241,7 @@ def capo_advantages(
 def _host(settings: Settings, rewards: Tensor, mask: Tensor, index: Any, config: Any) -> tuple[Tensor, Tensor]:
     """What verl's own estimator says."""
     options: dict[str, Any] = {"config": config}
-    if settings.host.startswith("grpo"):
+    if settings.host == "grpo":  # as verl itself hands it over
         options["norm_adv_by_std_in_grpo"] = (config or {}).get("norm_adv_by_std_in_grpo", True)
     estimator = get_adv_estimator_fn(settings.host)
     return estimator(token_level_rewards=rewards, response_mask=mask, index=index, **options)
@@ -256,9 +258,9 @@ def _judged(rows: Sequence[Any], live: Tensor) -> list[dict[str, Any] | None]:
         if length == 0:
             judged.append(None)
             continue
-        if not isinstance(row, Mapping):
+        if row is None:
             raise ValueError(
-                f"row {number} has no critiques ({row!r:.40}): its agent loop is none of capo's. Set "
+                f"row {number} has no critiques: its agent loop is none of capo's. Set "
                 "actor_rollout_ref.rollout.agent.default_agent_loop=capo_single_turn_agent or capo_tool_agent, and agent "
                 "names in the data likewise"
             )
@@ -331,6 +333,6 @@ def _metrics(
 def _plain(section: Any) -> dict[str, Any]:
     """A section of verl's configuration as a dictionary."""
     plain = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
-    if not isinstance(plain, Mapping):
+    if not hasattr(plain, "items"):
         raise ValueError(f"algorithm.capo must be a section of settings, got {section!r:.80}")
     return {str(name): value for name, value in plain.items()}

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "capo_"  # of the names of agents that ask the judge; without it they are those of verl
 # Losses in which each token has its own advantage; geo_mean takes the mean over a response.
-LOSSES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "bypass_mode")
+LOSSES = ("vanilla", "gspo", "sapo", "gpg", "cispo", "dppo_tv", "dppo_kl", "dro", "bypass_mode")
 
 
 def check(config: Any) -> Settings:
@@ -139,8 +139,12 @@ class CapoTrainerMixin:
 
     def fit(self, agent_loop_manager: Any) -> None:
         """See verl's ``PPOTrainer``; validation does not ask the judge."""
+        super().fit(self.capo_manager(agent_loop_manager))  # type: ignore[misc]
+
+    def capo_manager(self, agent_loop_manager: Any) -> Any:
+        """The manager, but that it validates by agents without a judge."""
         default = self.config.actor_rollout_ref.rollout.agent.default_agent_loop  # type: ignore[attr-defined]
-        super().fit(_UnjudgedValidation(agent_loop_manager, default))  # type: ignore[misc]
+        return _UnjudgedValidation(agent_loop_manager, default)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if not self.capo_settings.active:
@@ -187,12 +191,13 @@ class _UnjudgedValidation:
         return getattr(self._manager, name)
 
     def generate_sequences(self, prompts: Any) -> Any:
-        if "validate" in prompts and prompts["validate"]:
-            if "agent_name" in prompts:
-                names = [name.removeprefix(PREFIX) for name in prompts["agent_name"].tolist()]
-                prompts["agent_name"] = NonTensorStack(*names)
-            else:
-                prompts["agent_name"] = NonTensorData(self._default.removeprefix(PREFIX), batch_size=prompts.batch_size)
+        if "validate" not in prompts or not prompts["validate"]:
+            return self._manager.generate_sequences(prompts)
+        if "agent_name" in prompts:
+            names = [name.removeprefix(PREFIX) for name in prompts["agent_name"].tolist()]
+            prompts["agent_name"] = NonTensorStack(*names)
+        else:
+            prompts["agent_name"] = NonTensorData(self._default.removeprefix(PREFIX), batch_size=prompts.batch_size)
         return self._manager.generate_sequences(prompts)
 
 
@@ -220,7 +225,9 @@ async def _judge_output(settings: Settings, tokenizer: Any, output: Any, row: di
     except (ValueError, TypeError, KeyError) as error:
         return problem(f"{type(error).__name__}: {error}")
     positions = mask.nonzero()[:, 0].tolist()
-    spans = [(positions[a], positions[b - 1] + 1) for a, b in zip(steps.starts.tolist(), steps.ends.tolist(), strict=True)]
+    spans = [
+        (positions[a], positions[b - 1] + 1) for a, b in zip(steps.starts.tolist(), steps.ends.tolist(), strict=True)
+    ]
     return judgement(spans, replies, len(ids), time.perf_counter() - began)
 
 
@@ -273,10 +280,12 @@ def _make_judge(settings: Settings) -> Any:
         try:
             found = found(**settings.judge_options)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"algorithm.capo.judge: {path} with judge_options {settings.judge_options}: {error}") from error
+            raise ValueError(
+                f"algorithm.capo.judge: {path} with judge_options {settings.judge_options}: {error}"
+            ) from error
     elif settings.judge_options:
         raise ValueError(f"algorithm.capo.judge_options: {path} is a judge already, and takes none")
-    if not callable(getattr(found, "critique", None)):
+    if not hasattr(found, "critique"):
         raise ValueError(f"algorithm.capo.judge: {path} is no judge: it has no method critique(requests, num_votes)")
     return found
 
