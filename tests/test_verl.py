@@ -554,7 +554,7 @@ def test_validation_uses_the_agents_without_a_judge():
         wrapped.generate_sequences(prompts)
         assert len(manager.asked) == 1
         asked = manager.asked.pop()
-        return asked["agent_name"] if "agent_name" in asked.keys() else None  # noqa: SIM118, SIM401
+        return asked["agent_name"] if "agent_name" in asked.keys() else None  # noqa: SIM118
 
     assert names(None, None) is None and names(False, None) is None
     assert names(True, None) == "single_turn_agent"
