@@ -4,6 +4,7 @@ import asyncio
 import importlib.metadata
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ for package in ("verl", "ray", "hydra", "transfer_queue"):
 
 import numpy as np
 import tiny_model
+import verl
 import verl_judges
 from batches import lengths_to_cu, random_batch, reference
 from hydra import compose, initialize_config_dir
@@ -137,6 +139,23 @@ def test_verl_finds_the_estimator_by_its_entry_point():
     (plugin,) = [p for p in importlib.metadata.entry_points(group="verl.plugins") if p.name == "capo"]
     assert plugin.load() is adapter
     assert ADV_ESTIMATOR_REGISTRY["capo"] is adapter.capo_advantages
+
+
+def test_an_older_verl_is_refused_before_anything_is_registered(monkeypatch):
+    monkeypatch.setattr(verl, "__version__", "0.8.2")
+    with pytest.raises(ImportError, match="needs verl>=0.9 for its trainers; this is 0.8.2"):
+        runpy.run_path(adapter.__file__)
+    assert ADV_ESTIMATOR_REGISTRY["capo"] is adapter.capo_advantages
+
+
+def test_without_verl_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl", None)
+    with pytest.raises(ImportError, match=r"pip install 'capo\[verl\]'"):
+        runpy.run_path(adapter.__file__)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transfer_queue", None)
+    with pytest.raises(ImportError, match=r"needs verl\[verl-core\]"):
+        runpy.run_path(runtime.__file__)
 
 
 @pytest.mark.parametrize("norm", [True, False])

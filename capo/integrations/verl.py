@@ -28,11 +28,16 @@ from capo.critique import agreement, vote_table
 from capo.judges import JudgeError, JudgeReply
 from capo.shaping import shape
 
+OLDEST = (0, 9)
+
 try:
+    import verl
     from omegaconf import OmegaConf
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 except ImportError as error:
-    raise ImportError(f"capo.integrations.verl needs verl 0.9 or later: pip install 'capo[verl]' ({error})") from error
+    raise ImportError(f"capo.integrations.verl needs verl: pip install 'capo[verl]' ({error})") from error
+if tuple(map(int, verl.__version__.split(".")[:2])) < OLDEST:
+    raise ImportError(f"capo.integrations.verl needs verl>=0.9 for its trainers; this is {verl.__version__}")
 
 FIELD = "capo"  # of a row's extra_fields, and of a DataProto's non_tensor_batch
 # Estimators that take rewards, mask and group ids, and treat each group by itself.
