@@ -31,6 +31,8 @@ from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import validate_config
 from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import response_to_nested
 
 import capo
 from capo.integrations import verl as adapter
@@ -396,6 +398,55 @@ def test_a_step_from_batch_to_gradient_equals_the_reference():
     torch.testing.assert_close(logits.grad, grad, rtol=1e-6, atol=1e-9)
     (value, *_), grad = reference(batch, rule)
     torch.testing.assert_close((loss.detach(), logits.grad), (value, grad), rtol=1e-11, atol=1e-14)
+
+
+def test_the_loss_of_verls_actor_meets_each_token_with_its_advantage():
+    """From whole sequences, whose log-probabilities verl shifts by one, to the gradient of the logits."""
+    data = rows(8)
+    mask = data.batch["response_mask"]
+    advantages, _ = shaped(data, algorithm(max_failure_rate=1.0))
+    lengths = [int(row.nonzero().max()) + 1 for row in mask]
+    prompts = [1 + number % 3 for number in range(len(lengths))]
+    inside = torch.arange(T) < torch.tensor(lengths)[:, None]
+    batch = random_batch(lengths, vocab=19, seed=4).double()
+    batch = batch.replace(mask=mask[inside].bool(), credit=advantages[inside].double())
+
+    total = sum(lengths) + sum(prompts)
+    logits = torch.randn(total, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    predicts, at = [], 0  # the rows whose logits are of a token of a response
+    for prompt, length in zip(prompts, lengths, strict=True):
+        predicts += range(at + prompt - 1, at + prompt + length - 1)
+        at += prompt + length
+    logits[predicts] = batch.logits
+    labels = torch.zeros(total, dtype=torch.int64)
+    labels[predicts] = batch.labels
+    logits.requires_grad_(True)
+    logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    def nested(values, sizes):
+        return torch.nested.as_nested_tensor(list(values.split(sizes)), layout=torch.jagged)
+
+    masks = nested(mask[inside], lengths)
+    fields = TensorDict(
+        {
+            "prompts": nested(torch.zeros(sum(prompts), dtype=torch.int64), prompts),
+            "responses": nested(batch.labels, lengths),
+            "response_mask": masks,
+            "old_log_probs": nested(batch.old_logprobs, lengths),
+            "advantages": response_to_nested(advantages.double(), masks),
+        },
+        batch_size=len(lengths),
+    )
+    for name, value in {"dp_size": 1, "batch_num_tokens": int(mask.sum()), "global_batch_size": len(lengths)}.items():
+        fields[name] = NonTensorData(value)
+    loss, _ = ppo_loss(actor(loss_agg_mode="token-mean"), {"log_probs": logprobs}, fields)
+    loss.backward()
+    rule = capo.LossRule(clip_low=0.2, clip_high=0.2, reduce="token_mean")
+    (value, *_), grad = reference(batch, rule)
+    torch.testing.assert_close((loss.detach(), logits.grad[predicts]), (value, grad), rtol=1e-11, atol=1e-14)
+    elsewhere = torch.ones(total, dtype=torch.bool)
+    elsewhere[predicts] = False
+    assert not logits.grad[elsewhere].any() and grad.any()
 
 
 @pytest.mark.parametrize("mode", runtime.LOSSES)
