@@ -285,6 +285,17 @@ def test_metrics_by_hand():
     }
 
 
+def test_an_undecided_outcome_leaves_its_group():
+    config = algorithm(max_failure_rate=1.0)
+    data = rows(9)
+    data.batch["token_level_rewards"][4, 0] = torch.nan
+    advantages, metrics = shaped(data, config)
+    assert metrics["capo/undecided"] == 1 and not advantages[4].any() and bool(advantages.isfinite().all())
+    live = data.batch["response_mask"].bool()
+    expected = truth(packed(data, capo.CreditRule()))
+    torch.testing.assert_close(advantages[live].double(), expected, rtol=1e-6, atol=1e-9)
+
+
 def test_outcomes_stay_as_they_were():
     data = rows(5)
     before = data.batch["token_level_rewards"].clone()
@@ -582,6 +593,7 @@ def test_a_judge_that_gives_up_is_failures_for_the_trainer_to_count():
     ("settings", "message"),
     [
         ({"judge": "verl_judges.Short"}, "ValueError: the judge was asked for 2 critiques of one response, and gave"),
+        ({"judge": "verl_judges.Crashing"}, "RuntimeError: out of order"),
         ({"question": "task"}, "algorithm.capo.question='task': extra_info has only question, answer"),
         ({"judge": "verl_judges.nobody"}, "algorithm.capo.judge: cannot import 'verl_judges.nobody'"),
     ],
@@ -598,6 +610,11 @@ def test_several_sequences_a_session_are_refused():
     with pytest.raises(ValueError, match="row a_3_1 is a further sequence of a session"):
         runtime._refuse_parts(["a_3_0", "a_3_1"])
     runtime._refuse_parts(["a_0_0", "a_10_0", "pad0_1_0"])
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_session_without_output_stays_one(nothing):
+    assert asyncio.run(Judged(configured(), nothing).run({}, **ROW)) is nothing
 
 
 class Manager:

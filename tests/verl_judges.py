@@ -27,6 +27,11 @@ class Broken(Spy):
         raise JudgeError("nobody answers")
 
 
+class Crashing(Spy):
+    def critique(self, requests, num_votes, first=0):
+        raise RuntimeError("out of order")
+
+
 class Short(Spy):
     def critique(self, requests, num_votes, first=0):
         return [row[1:] for row in super().critique(requests, num_votes, first)]

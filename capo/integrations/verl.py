@@ -55,7 +55,8 @@ class Settings(pydantic.BaseModel):
         base: ``rule``: the rule's advantages, and those of ``host`` in groups without a valid critique; ``host``: those
             of ``host`` plus what the critiques change under the rule.
         host: verl's estimator that this one stands in for.
-        judge: import path of a judge (see `capo.judges.Judge`), or of what makes one.
+        judge: import path of a judge (see `capo.judges.Judge`), or of what makes one. The trainer and each agent loop
+            worker make their own: a client of a server, not a model.
         judge_options: what the judge is made with.
         judge_threads: calls of the judge at a time, in each of verl's agent loop workers.
         max_failure_rate: if more than this share of a batch's critiques has failed, training stops; 1: never.
@@ -337,7 +338,7 @@ def _metrics(
 
 def _plain(section: Any) -> dict[str, Any]:
     """A section of verl's configuration as a dictionary."""
-    plain = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
+    plain: Any = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
     if not hasattr(plain, "items"):
         raise ValueError(f"algorithm.capo must be a section of settings, got {section!r:.80}")
     return {str(name): value for name, value in plain.items()}

@@ -105,10 +105,9 @@ class CapoAgentMixin:
         loop: Any = self
         output = await super().run(sampling_params, **kwargs)  # type: ignore[misc]
         settings = Settings.of(loop.config.algorithm)
-        if not settings.active:
+        if not settings.active or not output:
             return output
         if isinstance(output, list):
-            # What is raised here is a failed group to verl, and training goes on: told by the trainer, it stops.
             for one in output:
                 one.extra_fields[FIELD] = problem("its agent loop gives several sequences, of which one is rewarded")
             return output
@@ -212,7 +211,11 @@ def _refuse_parts(keys: list[str]) -> None:
 
 
 async def _judge_output(settings: Settings, tokenizer: Any, output: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """The `judgement` of one response."""
+    """The `judgement` of one response.
+
+    To verl an exception is a group that failed, and it samples another in silence. So what goes wrong travels with the row,
+    and the trainer raises it.
+    """
     try:
         engine = _engine(settings.model_dump_json(), tokenizer)
         ids = torch.tensor(output.response_ids, dtype=torch.int64)
@@ -222,7 +225,7 @@ async def _judge_output(settings: Settings, tokenizer: Any, output: Any, row: di
         texts = step_texts(ids[mask], steps, engine.token_bytes)[0]
         began = time.perf_counter()
         replies = await engine.critique(JudgeRequest(_question(settings, row), _reference(settings, row), tuple(texts)))
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001
         return problem(f"{type(error).__name__}: {error}")
     positions = mask.nonzero()[:, 0].tolist()
     spans = [
