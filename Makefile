@@ -4,12 +4,14 @@
 #   VENV=.venv            where the environment lives
 #   TORCH=torch==2.13.0   what `pip install` is asked for first; empty: whatever pip picks
 #   TRL=1.16.0            the newest TRL, which the tests of the adapter run with; .ci/trl has the oldest
+#   VERL=0.9.1            verl, for its formulas and the tests of the adapter
 #   MARKS="not slow and not mutants"   which tests `make test` runs
 #   PYTEST_ARGS="-x -k credit"         more for pytest
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRL ?= 1.16.0
+VERL ?= 0.9.1
 MARKS ?= not mutants
 PYTEST_ARGS ?=
 
@@ -76,11 +78,12 @@ $(VENV)/.vllm: $(VENV)/.develop .ci/vllm
 	.ci/vllm $(RUN)
 	@touch $@
 
-# dashscope and llama-models are here for the tokenizer files in them, verl for its formulas: their own dependencies are not
-# wanted.
+# dashscope and llama-models are here for the tokenizer files in them; of verl's dependencies the tests need a part, of which
+# Ray is the largest (80 MB to fetch).
 $(VENV)/.develop: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) -e '.[test,lint]'
 	$(PIP) --no-deps dashscope llama-models
 	$(PIP) trl==$(TRL) accelerate datasets peft $(TORCH)
-	$(PIP) --no-deps verl==0.9.1 tensordict pyvers cloudpickle omegaconf codetiming
+	$(PIP) --no-deps verl==$(VERL) TransferQueue tensordict torchdata pyvers cloudpickle codetiming
+	$(PIP) ray hydra-core cachetools msgspec pyzmq prometheus_client
 	@touch $(VENV)/.train $@
