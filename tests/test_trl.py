@@ -572,6 +572,23 @@ def test_liger_is_refused_where_trl_has_its_loss(tmp_path, monkeypatch):
         make(args, judge())
 
 
+@pytest.mark.parametrize("name", ["compute_loss", "_compute_loss"])
+def test_a_loss_that_another_library_put_into_trl_is_refused(name, tmp_path, monkeypatch):
+    def patched(self, *args, **kwargs):
+        raise AssertionError("not reached")
+
+    patched.__module__ = "unsloth_compiled_cache.UnslothGRPOTrainer"
+    monkeypatch.setattr(GRPOTrainer, name, patched)
+    with pytest.raises(ValueError, match=f"{name} of this trainer comes from unsloth_compiled_cache.*not from TRL"):
+        make(config(tmp_path), judge())
+    make(config(tmp_path, capo_process_weight=0.0))  # TRL's own advantages
+    monkeypatch.setattr(CapoGRPOTrainer, "capo_token_advantages", True, raising=False)
+    CapoGRPOTrainer(
+        model=model(), reward_funcs=odd, args=config(tmp_path), judge=judge(), train_dataset=Dataset.from_list(DATA),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+
+
 def test_without_a_judge_nothing_starts(tmp_path):
     with pytest.raises(ValueError, match="judge must have a method critique.*got None"):
         make(config(tmp_path))

@@ -246,9 +246,21 @@ class CapoMixin:
         self._capo_loop = _Loop()
         self._capo_judged: _Judged | None = None
         if self.capo_settings.active:
+            self._capo_check_loss()
             self.capo_token_bytes = token_bytes or _token_bytes(trainer)
         if self.capo_settings.linear_loss:
             self._capo_check_linear_loss()
+
+    def _capo_check_loss(self) -> None:
+        """Libraries such as Unsloth put their own loss into TRL's class, with columns that are not those of the batch."""
+        for name in ("compute_loss", "_compute_loss"):
+            module = getattr(super(), name).__func__.__module__
+            if module.split(".")[0] != "trl" and not getattr(self, "capo_token_advantages", False):
+                raise ValueError(
+                    f"{name} of this trainer comes from {module}, not from TRL: it may drop or misplace advantages of "
+                    "tokens. If it takes inputs['advantages'] of shape [B, T], column for column those of "
+                    "completion_ids, set capo_token_advantages = True in the class"
+                )
 
     def _capo_check_linear_loss(self) -> None:
         trainer: Any = self
