@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from table import OPS
+from variants import Timed
 
 
 def resident(key: str) -> int:
@@ -24,22 +25,33 @@ def resident(key: str) -> int:
     return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status)[1])
 
 
+def rise(timed: Timed, in_place: bool = False) -> int:
+    """By how much a call raises the resident set, less the tensors that it returns if they are new."""
+    timed.reset()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would seem to be there already
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    result = timed.call()
+    peak = resident("VmHWM")
+    returned = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
+    own = 0 if in_place else sum(t.nbytes for t in returned)
+    return max(0, peak - before - own)
+
+
 def extra_memory(op: str, number: int, name: str, quick: bool) -> int:
     case, _ = OPS[op].cases(quick)[number]
     variant = next(v for v in OPS[op].variants if v.name == name)
     timed = variant.make(case.make())
     for _ in range(2):  # the first call loads libraries and compiles; what it leaves behind is not the second's
-        timed.reset()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # else what the first call freed would seem to be there already
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-        result = timed.call()
-        peak = resident("VmHWM")
-        returned = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
-        own = 0 if "in place" in name else sum(t.nbytes for t in returned)
-        del result, returned
-    return max(0, peak - before - own)
+        peak = rise(timed, "in place" in name)
+    return peak
+
+
+def hold_back() -> None:
+    """Leave a tenth of the memory that is free to others: beyond, allocations fail."""
+    available = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * available),) * 2)
 
 
 if __name__ == "__main__":
@@ -51,6 +63,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    available = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * available),) * 2)
+    hold_back()
     print(extra_memory(args.op, args.case, args.variant, args.quick))

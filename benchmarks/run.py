@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -179,73 +181,95 @@ class Measured:
     def __init__(self, variant: Variant):
         self.variant, self.note = variant, variant.note
         self.timed: Timed | None = None
+        self.circumstances: dict[str, object] = {}
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self.first = self.memory = self.value_error = self.gradient_error = None
+
+    def rounds(self, most: int) -> int:
+        return min(most, self.variant.rounds or most)
 
     @property
     def median(self) -> float | None:
         return statistics.median(self.wall) if self.wall else None
 
 
-def measure(op: Op, name: str, number: int, case, wanted, quick, rounds, seconds, memory, progress) -> list[Measured]:
-    """Check, warm up, then time all variants of a case: round by round, each round in another random order."""
-    results = [Measured(v) for v in op.variants if wanted is None or v.name in wanted]
-    if getattr(case, "timed", True):
-        time_rounds(op, name, case, results, rounds, seconds, progress)
-    if memory and getattr(case, "memory", number == 0):
-        measured = [r for r in results if not r.variant.is_floor and not r.note.startswith("skipped")]
-        task = progress.add_task(f"{title_of(name, case)}: memory", total=len(measured))
-        for r in measured:
-            r.memory, why = extra_memory_mb(name, number, r.variant, quick)
-            r.note = why or r.note
-            progress.advance(task)
-        progress.remove_task(task)
-    return results
+def measure(op: Op, name: str, case, results: list[Measured], rounds, seconds, progress, finished) -> None:
+    """Check, warm up, then time variants of a case: round by round, each round in another random order.
 
-
-def title_of(name: str, case) -> str:
-    return f"{name}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
-
-
-def time_rounds(op: Op, name: str, case, results: list[Measured], rounds, seconds, progress) -> None:
+    ``finished`` is called whenever each of them has been timed once more.
+    """
     title = title_of(name, case)
-    task = progress.add_task(f"{title}: check and warm-up", total=len(results))
+    task = progress.add_task(f"{title}: check and warm-up", total=2 * len(results))
     inputs = case.make()
-    for r in results:
-        try:
-            if not r.variant.is_floor:
-                r.value_error, r.gradient_error = op.check(r.variant, case)
-            r.timed = r.variant.make(inputs)
+
+    def check(r: Measured) -> None:
+        if not r.variant.is_floor:
+            r.value_error, r.gradient_error = op.check(r.variant, case)
+
+    def warm_up(r: Measured) -> None:
+        r.timed = r.variant.make(inputs)
+        if not r.variant.is_slow:
             r.first = timed_once(r.timed)[0]
-        except Skip as reason:
-            r.note, r.timed = f"skipped: {reason}", None
-        except AssertionError as error:
-            console.print(f"[red]{r.variant.name} is wrong: {error}[/red]")
-            raise typer.Exit(1) from error
-        except Exception as error:  # a peer that breaks must not take the others' numbers along
-            if r.variant.backend in ("native", "torch"):
-                raise
-            traceback.print_exc()
-            r.note, r.timed = f"skipped: {type(error).__name__}: {str(error).splitlines()[0]:.200}", None
-        progress.advance(task)
+
+    able = results
+    for step in (check, warm_up):
+        torch.compiler.reset()  # code made for the small shape would be made again for any shape
+        able = [r for r in able if succeeds(step, r, progress, task)]
     running = [r for r in results if r.timed]
+    rounds = min(rounds, max((r.rounds(rounds) for r in running), default=0))
     progress.update(task, description=f"{title}: rounds", total=rounds, completed=0)
-    rng, end = random.Random(0), time.monotonic() + seconds
+    rng, end = random.Random(0), time.monotonic() + min(seconds, getattr(case, "seconds", seconds))
     for done in range(rounds):
         if done >= 5 and time.monotonic() > end:
             break
         for r in rng.sample(running, len(running)):
-            wall, cpu = timed_once(r.timed)
-            r.wall.append(wall)
-            r.cpu.append(cpu)
+            if done < r.rounds(rounds):
+                wall, cpu = timed_once(r.timed)
+                r.wall.append(wall)
+                r.cpu.append(cpu)
+        finished()
         progress.advance(task)
     for r in running:
         r.timed = None
     progress.remove_task(task)
 
 
-def rows(name: str, case, results: list[Measured], common: dict) -> list[dict]:
+def succeeds(step: Callable[[Measured], None], r: Measured, progress, task) -> bool:
+    """Do it; what is not installed or breaks gets a note instead of numbers, capo's own errors end the run."""
+    progress.advance(task)
+    try:
+        step(r)
+        return True
+    except Skip as reason:
+        r.note = f"skipped: {reason}"
+    except AssertionError as error:
+        console.print(f"[red]{r.variant.name} is wrong: {error}[/red]")
+        raise typer.Exit(1) from error
+    except Exception as error:  # a peer that breaks must not take the others' numbers along
+        if r.variant.backend in ("native", "torch"):
+            raise
+        traceback.print_exc()
+        r.note = f"skipped: {type(error).__name__}: {str(error).splitlines()[0]:.200}"
+    r.timed = None
+    return False
+
+
+def measure_memory(name: str, number: int, case, results: list[Measured], quick, progress) -> None:
+    measured = [r for r in results if not r.variant.is_floor and not r.note.startswith("skipped")]
+    task = progress.add_task(f"{title_of(name, case)}: memory", total=len(measured))
+    for r in measured:
+        r.memory, why = extra_memory_mb(name, number, r.variant, quick)
+        r.note = why or r.note
+        progress.advance(task)
+    progress.remove_task(task)
+
+
+def title_of(name: str, case) -> str:
+    return f"{name}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
+
+
+def rows(name: str, case, results: list[Measured]) -> list[dict]:
     floors = {what: next((r.median for r in results if r.variant.what == what), None) for what in (FLOOR, FRESH_FLOOR)}
     table = []
     for r in results:
@@ -264,7 +288,7 @@ def rows(name: str, case, results: list[Measured], common: dict) -> list[dict]:
             "value_error": r.value_error,
             "gradient_error": r.gradient_error,
             "note": r.note,
-            **common,
+            **r.circumstances,
         }
         if r.wall:
             row |= {
@@ -307,7 +331,9 @@ def main(
     op: Annotated[list[str] | None, typer.Option(help=f"Ops: {', '.join(OPS)}; all by default.")] = None,
     quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: does it run? Not for publication.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each case; 25, or 5 with --quick.")] = None,
-    seconds: Annotated[float, typer.Option(help="A case ends after this time, but not before five rounds.")] = 90.0,
+    seconds: Annotated[
+        float, typer.Option(help="A case ends after this time at the latest, but not before five rounds.")
+    ] = 90.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory of the first case, too.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default what PyTorch takes.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
@@ -325,35 +351,64 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
     for name in names:
-        path, table = folder / f"{name}.csv", []
-        torch.set_num_threads(OPS[name].threads or threads)
         with Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
         ) as progress:
-            cases = OPS[name].cases(quick)
-            overall = progress.add_task(f"{name}: cases", total=len(cases))
-            for number, (case, wanted) in enumerate(cases):
-                count = rounds or (5 if quick else 25)
-                try:
-                    results = measure(OPS[name], name, number, case, wanted, quick, count, seconds, memory, progress)
-                except Skip as reason:  # of the inputs
-                    console.print(f"[yellow]{name}, case {number} skipped: {reason}[/yellow]")
-                    continue
-                common = {
-                    "capo": capo.__version__,
-                    "git": revision(),
-                    "torch": torch.__version__,
-                    "cpu": cpu_model(),
-                    "threads": torch.get_num_threads(),
-                    "isa": native_isa(),
-                    "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-                    "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-                }
-                table += rows(name, case, results, common)
-                show(table[-len(results) :])
-                write(path, table)
-                progress.advance(overall)
-        console.print(f"{len(table)} measurements in {os.path.relpath(path)}")
+            torch.set_num_threads(OPS[name].threads or threads)
+            path = folder / f"{name}.csv"
+            count = time_op(name, path, quick, rounds or (5 if quick else 25), seconds, memory, progress)
+        console.print(f"{count} measurements in {os.path.relpath(path)}")
+
+
+def time_op(name: str, path: Path, quick, rounds, seconds, memory, progress) -> int:
+    """All cases, then the slow variants of each; the file is up to date after every round. Number of rows."""
+    op, tables = OPS[name], {}
+    cases = [
+        (number, case, [Measured(v) for v in op.variants if wanted is None or v.name in wanted])
+        for number, (case, wanted) in enumerate(op.cases(quick))
+    ]
+    jobs = [(*case, [r for r in case[2] if r.variant.is_slow == slow]) for slow in (False, True) for case in cases]
+    jobs = [job for job in jobs if job[3]]
+    overall = progress.add_task(f"{name}: cases", total=len(jobs))
+    for number, case, results, these in jobs:
+
+        def finished(number=number, case=case, results=results, these=these) -> None:
+            for r in these:
+                r.circumstances = circumstances()
+            tables[number] = rows(name, case, [r for r in results if r.circumstances])
+            write(path, [row for table in tables.values() for row in table])
+
+        try:
+            measure(op, name, case, these, rounds, seconds, progress, finished)
+        except Skip as reason:  # of the inputs
+            console.print(f"[yellow]{name}, case {number} skipped: {reason}[/yellow]")
+            continue
+        if memory and getattr(case, "memory", number == 0):
+            measure_memory(name, number, case, these, quick, progress)
+        finished()
+        show(tables[number])
+        progress.advance(overall)
+    return sum(map(len, tables.values()))
+
+
+@functools.cache
+def unchanging() -> dict[str, object]:
+    return {
+        "capo": capo.__version__,
+        "git": revision(),
+        "torch": torch.__version__,
+        "cpu": cpu_model(),
+        "isa": native_isa(),
+    }
+
+
+def circumstances() -> dict[str, object]:
+    return {
+        **unchanging(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Variant:
         make: inputs -> ``Timed``; raises Skip.
         rough: its arithmetic is of low precision, so the check allows more.
         note: goes into the CSV.
+        rounds: at most so many; 1: slow, a single call when all else of the op has been timed, and none to warm up.
     """
 
     name: str
@@ -61,6 +62,11 @@ class Variant:
     make: Callable[[SimpleNamespace], Timed]
     rough: bool = False
     note: str = ""
+    rounds: int | None = None
+
+    @property
+    def is_slow(self) -> bool:
+        return self.rounds == 1
 
     @property
     def is_floor(self) -> bool:

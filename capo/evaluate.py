@@ -1,17 +1,22 @@
-"""Evaluation: greedy accuracy on problems that training never sees."""
+"""Evaluation: greedy accuracy on problems that training never sees, its curves and tables."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from capo.checkpoint import write_text
 from capo.data import ArithmeticTask, Problem
 from capo.rollout import sample
 from capo.verify import Outcome, Verifier
+
+_SHOWN = (0, 10, 20, 40, 60)  # updates in a comparison's table
 
 
 def accuracy(
@@ -90,3 +95,37 @@ def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: s
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
+
+
+def write_comparison(curves: dict[tuple[str, int], dict[int, float]], folder: Path, title: str) -> str:
+    """Write ``comparison.csv``, ``comparison.md`` and ``comparison.png``; returns the table of the second.
+
+    Args:
+        curves: by (method, seed), the accuracy by update.
+        folder: where the files go; it exists.
+        title: above the plot.
+    """
+    with (folder / "comparison.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", "update", "accuracy"])
+        writer.writerows((*key, update, value) for key, curve in curves.items() for update, value in curve.items())
+    labelled = {f"{method} {seed}": list(curve.items()) for (method, seed), curve in curves.items()}
+    plot_curves(labelled, folder / "comparison.png", title)
+    table = _comparison_table(curves)
+    write_text(folder / "comparison.md", table)
+    return table
+
+
+def _comparison_table(curves: dict[tuple[str, int], dict[int, float]]) -> str:
+    """Markdown: one line a run and one for each method's mean, at some updates that all have."""
+    updates = [update for update in _SHOWN if all(update in curve for curve in curves.values())]
+    lines = [
+        f"| method | seed | {' | '.join(f'update {update}' for update in updates)} |",
+        "|---|---|" + "---|" * len(updates),
+    ]
+    for method in dict.fromkeys(method for method, _ in curves):
+        runs = {str(seed): curve for (name, seed), curve in curves.items() if name == method}
+        runs["mean"] = {update: mean(curve[update] for curve in runs.values()) for update in updates}
+        for name, curve in runs.items():
+            lines.append(f"| {method} | {name} | {' | '.join(f'{curve[update]:.3f}' for update in updates)} |")
+    return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from capo.credit import Credit
+from capo.differentiable import differentiable_logprobs
 from capo.losses import CHUNK_BYTES, LossRule, PolicyLoss, linear_logprobs, linear_policy_loss
 
 # Classes whose forward is: base model, lm_head, and what `_logits_options` knows of.
@@ -44,6 +45,8 @@ class PolicyInputs:
         mask: bool, [N] or of the shape of ``response_mask``, True for the response tokens that count; None: all.
         cu_seqlens: [number of responses + 1] int32 or int64, cumulative response lengths, where a row of ``input_ids``
             holds several responses; None: each row holds one.
+        differentiable: without ``credit``: the log-probabilities have a gradient, for a loss that no ``LossRule`` has. The
+            backward makes the logits again, chunk by chunk; entropies have no gradient, and ``mask`` must be None.
     """
 
     response_mask: Tensor
@@ -54,6 +57,13 @@ class PolicyInputs:
     mask: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    differentiable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.differentiable and (self.credit is not None or self.mask is not None):
+            raise ValueError(
+                "differentiable=True returns the log-probabilities of all response tokens: no credit, no mask"
+            )
 
 
 class Patch(AbstractContextManager):
@@ -203,6 +213,8 @@ class _Layout:
         softcap = getattr(config, "final_logit_softcapping", None)  # of Gemma2
         options = {**options, "bias": head.bias, "softcap": softcap}
         values = {name: self._packed(name) for name in _VALUES}
+        if self.inputs.differentiable:
+            return differentiable_logprobs(hidden, head.weight, self.labels, rule.temperature, **options)
         if self.inputs.credit is None:
             return linear_logprobs(hidden, head.weight, self.labels, rule.temperature, values["mask"], **options)
         return linear_policy_loss(

@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import numerics
 import pytest
 import torch
 import transformers
@@ -86,6 +87,50 @@ def test_logprobs_without_credit(kind, device):
         with capo.patch_causal_lm(model):
             actual = model(case.input_ids, **case.model_inputs(), capo=inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logprobs_that_can_be_differentiated(kind, autocast, device):
+    """For a loss of any kind: here squares, with weight 0 for some tokens."""
+    model, case = build(kind).to(device), Case()
+    weights = torch.linspace(-1, 1, len(case.labels), device=device, dtype=torch.float64).relu()
+
+    def by_logits(model):
+        logits = case.logits(model)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE
+        return logits.log_softmax(-1).gather(-1, case.labels[:, None])[:, 0]
+
+    def by_patch(model):
+        inputs = PolicyInputs(case.response_mask, rule=RULE, differentiable=True)
+        with capo.patch_causal_lm(model):
+            logp, entropy = model(case.input_ids, **case.model_inputs(), capo=inputs)
+        assert not entropy.requires_grad and bool((entropy > 0).all())
+        return logp
+
+    def numbers(way, model):
+        """Log-probabilities and gradients, each tensor relative to the largest number that it truly has."""
+        logp = way(model)
+        (weights * logp.square()).sum().backward()
+        return [logp.detach(), *gradients(model).values()]
+
+    truth = numbers(by_logits, copy.deepcopy(model).double())
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        eager, actual = numbers(by_logits, model), numbers(by_patch, model)
+    sizes = [x.abs().max() for x in truth]
+    scaled = [
+        torch.cat([(x / size).flatten() for x, size in zip(xs, sizes, strict=True)]) for xs in (actual, eager, truth)
+    ]
+    numerics.assert_as_accurate(*(x.cpu() for x in scaled))
+
+
+def test_logprobs_that_can_be_differentiated_take_no_credit():
+    case = Case()
+    for given in ({"credit": case.advantages}, {"mask": case.mask}):
+        with pytest.raises(
+            ValueError, match="differentiable=True returns the log-probabilities of all response tokens"
+        ):
+            PolicyInputs(case.response_mask, differentiable=True, **given)
 
 
 def test_credit_from_votes(device):

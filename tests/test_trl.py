@@ -343,11 +343,12 @@ def loss_by_hand(loss_type, logp, old, ref, advantages, mask, args, num_items):
     return (torch.where(mask > 0, loss, 0.0) * weight).sum()
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["trl", "linear"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_loss_and_gradients_with_advantages_of_tokens_equal_the_reference(loss_type, tmp_path):
+def test_loss_and_gradients_with_advantages_of_tokens_equal_the_reference(loss_type, linear, tmp_path):
     supported(loss_type)
     high = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
-    args = config(tmp_path, loss_type=loss_type, **high)
+    args = config(tmp_path, loss_type=loss_type, temperature=0.8, capo_linear_loss=linear, **high)
     trainer = make(args, judge())
     trainer.beta = args.beta = 0.05  # not from the start: TRL would load the reference model by a name
     g = torch.Generator().manual_seed(1)
@@ -364,7 +365,7 @@ def test_loss_and_gradients_with_advantages_of_tokens_equal_the_reference(loss_t
     attention = torch.cat([inputs["prompt_mask"], completion_mask], 1)
 
     def logprobs(policy):
-        logits = policy(ids, attention_mask=attention).logits[:, 3:-1]
+        logits = policy(ids, attention_mask=attention).logits[:, 3:-1] / args.temperature
         return logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
 
     with torch.no_grad():
@@ -387,11 +388,116 @@ def test_loss_and_gradients_with_advantages_of_tokens_equal_the_reference(loss_t
     loss = trainer._compute_loss(trainer.model, given)
     loss.backward()
     assert_as_accurate(loss.detach(), eager_loss, truth_loss, size=float(truth_loss.abs()) + 1)
-    for actual, other, exact in zip(trainer.model.parameters(), eager, truth, strict=True):
-        assert_as_accurate(actual.grad, other, exact, size=float(exact.abs().max()))
+    # Every tensor relative to its largest number, all together: the worst number of a small one is a matter of luck.
+    sizes = [exact.abs().max() for exact in truth]
+    ways = [p.grad for p in trainer.model.parameters()], eager, truth
+    assert_as_accurate(*(torch.cat([(x / size).flatten() for x, size in zip(way, sizes, strict=True)]) for way in ways))
 
     flat = trainer._compute_loss(trainer.model, {**given, "advantages": inputs["advantages"][:, 0]})
     assert not torch.allclose(flat, loss)  # the advantages of the other tokens matter
+
+
+# ---- log-probabilities from hidden states
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "num_iterations": 2}], ids=["", "accumulated"]
+)
+def test_a_run_with_the_linear_loss_is_that_of_trl_up_to_rounding(options, tmp_path):
+    options = {"per_device_train_batch_size": 4, "max_steps": 2, "beta": 0.1, "learning_rate": 1e-4, **options}
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )  # the reference is the base model
+    runs = []
+    for linear in (False, True):
+        torch.manual_seed(1)  # of the adapter's weights
+        args = config(tmp_path, capo_linear_loss=linear, **options)
+        trainer = make(args, judge(false_alarm=0.2), peft_config=lora)
+        before = weights(trainer)
+        run(trainer)
+        after = weights(trainer)
+        history = [row for row in trainer.state.log_history if "grad_norm" in row]
+        runs.append((history, {name: after[name] - before[name] for name in after if "lora" in name}))
+    (plain, changes), (mine, others) = runs
+    for one, other in zip(plain, mine, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+        assert one["kl"] > 0
+    assert any(change.any() for change in changes.values()) and changes.keys() == others.keys()
+
+
+def test_the_linear_loss_makes_no_logits_and_leaves_the_model_as_it_was(tmp_path):
+    trainer = make(config(tmp_path, capo_linear_loss=True, max_steps=1), judge())
+    forward = trainer.model.forward
+    seen = []
+    compute = trainer._compute_loss
+
+    def compute_loss(model, inputs):
+        hook = trainer.model.lm_head.register_forward_hook(lambda *given: seen.append(given[-1]))
+        try:
+            return compute(model, inputs)
+        finally:
+            hook.remove()
+
+    trainer._compute_loss = compute_loss
+    trainer.train()
+    ((logprobs, entropies),) = seen
+    assert logprobs.dim() == entropies.dim() == 1 and logprobs.requires_grad and not entropies.requires_grad
+    assert trainer.model.forward == forward
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"entropy_coef": 0.01},
+            "entropy_coef=0.01 does not go with capo_linear_loss=True: entropies have no gradient",
+        ),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True.*entropies have no gradient"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True.*in its own type"),
+    ],
+)
+def test_settings_that_the_linear_loss_cannot_follow_are_refused(options, message, tmp_path):
+    if not all(name in GRPOConfig.__dataclass_fields__ for name in options):
+        pytest.skip(f"TRL {trl.__version__} has no {next(iter(options))}")
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, capo_linear_loss=True, **options)
+
+
+def test_models_and_trainers_without_a_linear_loss_are_refused(tmp_path, monkeypatch):
+    args = config(tmp_path, capo_linear_loss=True)
+    for name, reason in (("use_liger_kernel", "by itself"), ("deepspeed", "sharded"), ("fsdp", "sharded")):
+        with monkeypatch.context() as patch:
+            patch.setattr(args, name, "on", raising=False)
+            patch.setattr(GRPOTrainer, "compute_liger_loss", lambda: None, raising=False)
+            with pytest.raises(ValueError, match=f"{name}='on' does not go with capo_linear_loss=True: .*{reason}"):
+                make(args, judge())
+    head = LoraConfig(r=2, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="does not go with this model.*the head must be a torch.nn.Linear|lm_head"):
+        make(args, judge(), peft_config=head)
+
+    class Other(Qwen2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="does not go with this model: .*Other has a forward of its own"):
+        make(args, judge(), weights=Other(model().config))
+
+    class OwnLogprobs(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="does not go with this trainer: its log-probabilities are those of another"):
+        make(args, judge(), base=OwnLogprobs)
+    trainer = make(args, judge())
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="does not go with pixel_values of the batch"):
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, ids, 2, pixel_values=torch.zeros(1))
+    for name, reason in (("_is_vlm", "images"), ("aux_loss_enabled", "mixtures"), ("is_fsdp_enabled", "sharded")):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, name, True, raising=False)
+            with pytest.raises(ValueError, match=f"does not go with this trainer: .*{reason}"):
+                trainer._capo_check_linear_loss()
 
 
 def test_a_sequence_ratio_would_average_the_advantages_of_steps_away(tmp_path):
@@ -464,6 +570,23 @@ def test_liger_is_refused_where_trl_has_its_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", lambda: None, raising=False)
     with pytest.raises(ValueError, match="use_liger_kernel=True .*silently wrong"):
         make(args, judge())
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "_compute_loss"])
+def test_a_loss_that_another_library_put_into_trl_is_refused(name, tmp_path, monkeypatch):
+    def patched(self, *args, **kwargs):
+        raise AssertionError("not reached")
+
+    patched.__module__ = "unsloth_compiled_cache.UnslothGRPOTrainer"
+    monkeypatch.setattr(GRPOTrainer, name, patched)
+    with pytest.raises(ValueError, match=f"{name} of this trainer comes from unsloth_compiled_cache.*not from TRL"):
+        make(config(tmp_path), judge())
+    make(config(tmp_path, capo_process_weight=0.0))  # TRL's own advantages
+    monkeypatch.setattr(CapoGRPOTrainer, "capo_token_advantages", True, raising=False)
+    CapoGRPOTrainer(
+        model=model(), reward_funcs=odd, args=config(tmp_path), judge=judge(), train_dataset=Dataset.from_list(DATA),
+        processing_class=tokenizer(),
+    )  # fmt: skip
 
 
 def test_without_a_judge_nothing_starts(tmp_path):
@@ -794,7 +917,7 @@ def test_options_of_the_launcher_go_to_accelerate_and_the_rest_to_its_processes(
 
 @pytest.mark.slow
 def test_the_command_runs_on_two_processes(project):
-    torchrun("-m", "capo.cli", "trl", "--config", "grpo.yaml", cwd=project)
+    torchrun("-m", "capo.cli", "trl", "--config", "grpo.yaml", "--capo_linear_loss", "true", cwd=project)
     assert (project / "out" / "model.safetensors").exists()
 
 

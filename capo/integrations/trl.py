@@ -28,6 +28,8 @@ from torch import Tensor
 from capo import critique
 from capo.credit import Credit, CreditRule
 from capo.judges import JudgeReply, JudgeRequest
+from capo.losses import LossRule
+from capo.patch import PolicyInputs, patch_causal_lm
 from capo.shaping import Rows
 from capo.split_groups import MOMENTS, gathered_advantages, response_moments, without_steps
 from capo.steps import Steps, TokenBytes, segment, step_texts
@@ -52,6 +54,9 @@ except RuntimeError as error:  # how TRL's lazy modules report what they could n
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 _REFERENCE_COLUMNS = ("solution", "answer")
+_LOGPROB_ARGUMENTS = (
+    "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss",
+)  # fmt: skip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -89,6 +94,11 @@ class CapoConfig(GRPOConfig):
     capo_reference: str | None = _option(
         None, "Dataset column with a reference solution or answer for the judge; default: solution or answer, if any."
     )
+    capo_linear_loss: bool = _option(
+        False,
+        "Log-probabilities and their gradients by capo's linear loss, from hidden states in chunks: no logits of whole "
+        "batches. TRL's loss, whatever its type, is made of them as always.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +121,7 @@ class _Settings:
     max_steps: int | None
     question: str | None
     reference: str | None
+    linear_loss: bool
 
     @property
     def active(self) -> bool:
@@ -133,6 +144,8 @@ class _Settings:
             raise ValueError("capo_delimiter must not be empty")
         if settings.max_steps is not None and settings.max_steps < 1:
             raise ValueError(f"capo_max_steps must be at least 1, got {settings.max_steps!r}")
+        if settings.linear_loss:
+            _refuse_linear_loss(args)
         if settings.active:
             settings._refuse(args)
         elif changes.get("process_weight") != 0:
@@ -144,14 +157,11 @@ class _Settings:
 
     def _refuse(self, args: Any) -> None:
         """Refuse settings of TRL that drop, or give another meaning to, advantages of tokens."""
-        liger = getattr(args, "use_liger_loss", False) or (
-            getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss")
-        )
         # Before TRL 0.29 sapo takes one advantage a response, and has this method.
         known = [kind for kind in LOSS_TYPES if kind != "sapo" or not hasattr(GRPOTrainer, "get_sapo_token_loss")]
         reasons = {
             "use_liger_kernel": "Liger's fused loss takes one advantage a response and is silently wrong with more"
-            if liger
+            if _liger_loss(args)
             else None,
             "importance_sampling_level": "one ratio a response gives all of its tokens the same gradient, in which the "
             "advantages of steps are averaged away; use importance_sampling_level=token"
@@ -172,6 +182,31 @@ class _Settings:
         for name, reason in reasons.items():
             if reason is not None:
                 raise ValueError(f"{name}={getattr(args, name, True)!r} does not go with step-level credit: {reason}")
+
+
+def _liger_loss(args: Any) -> bool:
+    """Whether TRL would compute its loss by Liger's kernel."""
+    return getattr(args, "use_liger_loss", False) or (
+        getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss")
+    )
+
+
+def _refuse_linear_loss(args: Any) -> None:
+    """Refuse settings of TRL that capo_linear_loss cannot follow."""
+    no_entropy = "entropies have no gradient there"
+    reasons = {
+        "use_liger_kernel": "Liger makes the loss from hidden states by itself" if _liger_loss(args) else None,
+        "entropy_coef": no_entropy if getattr(args, "entropy_coef", 0.0) else None,
+        "use_adaptive_entropy": no_entropy if getattr(args, "use_adaptive_entropy", False) else None,
+        "cast_lm_head_to_fp32": "the head is multiplied in its own type, and summed in float32"
+        if getattr(args, "cast_lm_head_to_fp32", False)
+        else None,
+        "deepspeed": "not checked with sharded weights" if getattr(args, "deepspeed", None) else None,
+        "fsdp": "not checked with sharded weights" if getattr(args, "fsdp", None) else None,
+    }
+    for name, reason in reasons.items():
+        if reason is not None:
+            raise ValueError(f"{name}={getattr(args, name, True)!r} does not go with capo_linear_loss=True: {reason}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +246,77 @@ class CapoMixin:
         self._capo_loop = _Loop()
         self._capo_judged: _Judged | None = None
         if self.capo_settings.active:
+            self._capo_check_loss()
             self.capo_token_bytes = token_bytes or _token_bytes(trainer)
+        if self.capo_settings.linear_loss:
+            self._capo_check_linear_loss()
+
+    def _capo_check_loss(self) -> None:
+        """Libraries such as Unsloth put their own loss into TRL's class, with columns that are not those of the batch."""
+        for name in ("compute_loss", "_compute_loss"):
+            module = getattr(super(), name).__func__.__module__
+            if module.split(".")[0] != "trl" and not getattr(self, "capo_token_advantages", False):
+                raise ValueError(
+                    f"{name} of this trainer comes from {module}, not from TRL: it may drop or misplace advantages of "
+                    "tokens. If it takes inputs['advantages'] of shape [B, T], column for column those of "
+                    "completion_ids, set capo_token_advantages = True in the class"
+                )
+
+    def _capo_check_linear_loss(self) -> None:
+        trainer: Any = self
+        method = "_get_per_token_logps_and_entropies"
+        reasons = {
+            "its log-probabilities are those of another class": getattr(super(), method).__func__
+            is not getattr(GRPOTrainer, method),
+            "router losses of mixtures of experts come from TRL's own forward": getattr(
+                trainer, "aux_loss_enabled", False
+            ),
+            "models with images are not supported": getattr(trainer, "_is_vlm", False),
+            "not checked with sharded weights": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"capo_linear_loss=True does not go with this trainer: {reason}")
+        for model in (trainer.model, trainer.ref_model):
+            if model is not None:
+                try:
+                    patch_causal_lm(trainer.accelerator.unwrap_model(model)).remove()
+                except ValueError as error:
+                    raise ValueError(f"capo_linear_loss=True does not go with this model: {error}") from error
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Those of the completions, [B, T]; with ``capo_linear_loss`` 0 at padding."""
+        trainer: Any = super()
+        if not self.capo_settings.linear_loss:
+            return trainer._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        call = inspect.signature(trainer._get_per_token_logps_and_entropies)
+        given = call.bind(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs).arguments
+        size = given.get("batch_size") or len(input_ids)
+        unknown = [name for name, value in given.items() if value is not None and name not in _LOGPROB_ARGUMENTS]
+        if unknown:
+            raise ValueError(f"capo_linear_loss=True does not go with {', '.join(unknown)} of the batch")
+        temperature = self.temperature  # type: ignore[attr-defined]
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        mask = attention_mask[:, -logits_to_keep:].bool()
+        found = []
+        with patch_causal_lm(accelerator.unwrap_model(model)):
+            for ids, attention, response in zip(
+                input_ids.split(size), attention_mask.split(size), mask.split(size), strict=True
+            ):
+                rule = LossRule(temperature=temperature)
+                inputs = PolicyInputs(response, rule=rule, differentiable=torch.is_grad_enabled())
+                with accelerator.autocast():
+                    found.append(model(input_ids=ids, attention_mask=attention, capo=inputs))
+        padded = [
+            torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(values))
+            for values in zip(*found, strict=True)
+        ]
+        entropies = padded[1] if given.get("compute_entropy", False) else None
+        return (padded[0], entropies, *[None] * ("compute_aux_loss" in call.parameters))
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         trainer: Any = super()

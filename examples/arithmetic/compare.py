@@ -9,21 +9,18 @@ thread each, two at a time by default; finished runs are not repeated, interrupt
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
 
-from capo.checkpoint import saved_updates, write_text
-from capo.evaluate import plot_curves
+from capo.checkpoint import saved_updates
+from capo.evaluate import write_comparison
 from capo.metrics import read_metrics
 
 HERE = Path(__file__).parent
-SHOWN = (0, 10, 20, 40, 60)
 
 
 def main() -> None:
@@ -64,35 +61,12 @@ def main() -> None:
     for method, seed, _, folder in jobs:
         rows = read_metrics(folder / "metrics.jsonl")
         curves[method, seed] = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
-    with (args.output / "comparison.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "seed", "update", "accuracy"])
-        writer.writerows((*key, update, value) for key, curve in curves.items() for update, value in curve.items())
-    plot_curves(
-        {f"{method} {seed}": list(curve.items()) for (method, seed), curve in curves.items()},
-        args.output / "comparison.png",
-        f"{args.seeds} seeds, same warm-started models",
-    )
-    table = markdown(curves, args.methods, seeds)
-    write_text(args.output / "comparison.md", table)
+    table = write_comparison(curves, args.output, f"{args.seeds} seeds, same warm-started models")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
         f"\n{table}\n{len(jobs)} runs in {time.perf_counter() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of "
         f"CPU time; files in {args.output}"
     )
-
-
-def markdown(curves: dict[tuple[str, int], dict[int, float]], methods: list[str], seeds: range) -> str:
-    """Held-out greedy accuracy by update, one line a run and one for each method's mean."""
-    updates = [update for update in SHOWN if all(update in curve for curve in curves.values())]
-    lines = [f"| method | seed | {' | '.join(f'update {update}' for update in updates)} |"]
-    lines += ["|---|---|" + "---|" * len(updates)]
-    for method in methods:
-        runs = [curves[method, seed] for seed in seeds]
-        values = [(str(seed), [curve[update] for update in updates]) for seed, curve in zip(seeds, runs, strict=True)]
-        values += [("mean", [mean(curve[update] for curve in runs) for update in updates])]
-        lines += [f"| {method} | {name} | {' | '.join(f'{value:.3f}' for value in row)} |" for name, row in values]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

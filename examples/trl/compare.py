@@ -9,10 +9,8 @@ folder. Finished runs are not repeated.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
-from statistics import mean
 
 import torch
 from datasets import Dataset
@@ -22,14 +20,13 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from capo.checkpoint import write_text
 from capo.config import TrainConfig, load_config
 from capo.data import ArithmeticTask
-from capo.evaluate import accuracy, plot_curves
+from capo.evaluate import accuracy, write_comparison
 from capo.integrations.trl import CapoConfig, CapoGRPOTrainer
 from capo.judges.scripted import ScriptedJudge
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.verify import Outcome, Verifier
 
 SETTINGS = Path(__file__).parents[1] / "arithmetic" / "capo.yaml"
-SHOWN = (0, 10, 20, 40, 60)
 MINIBATCHES = 2  # optimiser steps of an update, as in `capo train`
 
 
@@ -57,17 +54,7 @@ def main() -> None:
             rows = [line.split(",") for line in file.read_text().splitlines()]
             curves[method, seed] = {int(update): float(value) for update, value in rows}
 
-    with (args.output / "comparison.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "seed", "update", "accuracy"])
-        writer.writerows((*key, update, value) for key, curve in curves.items() for update, value in curve.items())
-    plot_curves(
-        {f"{method} {seed}": list(curve.items()) for (method, seed), curve in curves.items()},
-        args.output / "comparison.png",
-        f"TRL's GRPO trainer, {len(args.seeds)} seeds",
-    )
-    table = markdown(curves, args.methods, args.seeds)
-    write_text(args.output / "comparison.md", table)
+    table = write_comparison(curves, args.output, f"TRL's GRPO trainer, {len(args.seeds)} seeds")
     print(f"\n{table}\nfiles in {args.output}")
 
 
@@ -174,20 +161,6 @@ def tokenizer(task: ArithmeticTask) -> PreTrainedTokenizerFast:
         pad_token="<eos>",
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def markdown(curves: dict[tuple[str, int], dict[int, float]], methods: list[str], seeds: list[int]) -> str:
-    """Held-out greedy accuracy by update, one line a run and one for each method's mean."""
-    updates = [update for update in SHOWN if all(update in curve for curve in curves.values())]
-    lines = [
-        f"| method | seed | {' | '.join(f'update {update}' for update in updates)} |",
-        "|---|---|" + "---|" * len(updates),
-    ]
-    for method in methods:
-        values = [(str(seed), [curves[method, seed][update] for update in updates]) for seed in seeds]
-        values += [("mean", [mean(curves[method, seed][update] for seed in seeds) for update in updates])]
-        lines += [f"| {method} | {name} | {' | '.join(f'{value:.3f}' for value in row)} |" for name, row in values]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
