@@ -265,6 +265,8 @@ def trl_command(context: typer.Context) -> None:
     """
     try:
         from capo.integrations.trl_command import run as run_trl
+    except ModuleNotFoundError as error:
+        raise UsageError(f"capo trl needs {error.name}: pip install 'capo[trl]'") from None
     except ImportError as error:
         raise UsageError(str(error)) from error
     run_trl(context.args)

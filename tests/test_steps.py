@@ -430,6 +430,63 @@ def inside_character(text: bytes, position: int) -> bool:
     return False
 
 
+@settings(max_examples=600, deadline=None)
+@given(problems())
+def test_native_equals_reference_bit_for_bit(problem):
+    table, responses, delimiter, max_steps = problem
+    for dtype in (torch.int32, torch.int64):
+        ids, cu = batch(*responses, dtype=dtype)
+        actual = segment(ids, cu.to(dtype), table, delimiter, max_steps=max_steps)
+        assert ranges(actual) == ranges(reference(ids, cu, table, delimiter, max_steps))
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_steps_partition_the_response(problem):
+    table, responses, delimiter, max_steps = problem
+    ids, cu = batch(*responses)
+    steps = segment(ids, cu, table, delimiter, max_steps=max_steps)
+    starts, ends, cu_steps = ranges(steps)
+    assert len(cu_steps) == len(responses) + 1 and cu_steps[-1] == len(starts)
+    for i, tokens in enumerate(responses):
+        first, last = cu[i].item(), cu[i + 1].item()
+        mine = list(zip(starts[cu_steps[i] : cu_steps[i + 1]], ends[cu_steps[i] : cu_steps[i + 1]], strict=True))
+        assert max_steps is None or len(mine) <= max_steps
+        edges = [edge for step in mine for edge in step]
+        assert edges == sorted(edges) and all(start < end for start, end in mine)
+        assert all(first <= edge <= last for edge in edges)
+        text = table.join(tokens)
+        assert text == b"".join(table[id_] for id_ in tokens)
+        covered = {token for start, end in mine for token in range(start, end)}
+        for start, end in mine:
+            own = tokens[start - first : end - first]
+            assert table.join(own).strip(b" \t\n\v\f\r")
+            specials = [position for position, id_ in enumerate(own) if table.special[id_]]
+            assert specials in ([], [len(own) - 1]) and all(table.eos[own[p]] for p in specials)
+            after_special = start == first or table.special[tokens[start - first - 1]]
+            assert after_special or not inside_character(text, len(table.join(tokens[: start - first])))
+        if max_steps is None:
+            # What has no step is special, or lies between special tokens with nothing but blanks and delimiters.
+            rest = [id_ for t, id_ in enumerate(tokens, first) if t not in covered and not table.special[id_]]
+            left = table.join(rest)
+            if delimiter in ("\n\n", "\n", "\n\n\n"):
+                assert not left.strip(b" \t\n\v\f\r")
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_a_batch_is_each_response_alone(problem):
+    table, responses, delimiter, max_steps = problem
+    together = segment(*batch(*responses), table, delimiter, max_steps=max_steps)
+    first_token = 0
+    for i, tokens in enumerate(responses):
+        alone = segment(*batch(tokens), table, delimiter, max_steps=max_steps)
+        mine = slice(together.cu_steps[i], together.cu_steps[i + 1])
+        assert torch.equal(together.starts[mine], alone.starts + first_token)
+        assert torch.equal(together.ends[mine], alone.ends + first_token)
+        first_token += len(tokens)
+
+
 QWEN_LINE_ENDS_AND_EOS = [198, 271, 382, 1406, 26809, 319, 151645, 151643]
 
 
