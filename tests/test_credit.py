@@ -283,6 +283,16 @@ def test_non_contiguous_inputs_and_many_votes(device):
     torch.testing.assert_close(moved(credit, device).advantages().cpu().double(), truth(credit), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("lengths", [[1] * 10_000, [10_000]], ids=["each token a step", "one step"])
+def test_as_many_steps_as_tokens_and_one(lengths, device):
+    generator = torch.Generator().manual_seed(0)
+    flags = torch.randint(-1, 2, (2 * len(lengths), 3), generator=generator).tolist()
+    credit = make([1, 0], [lengths, lengths], flags)
+    advantages = moved(credit, device).advantages().cpu()
+    torch.testing.assert_close(advantages.double(), truth(credit), rtol=1e-6, atol=1e-9)
+    assert len(set(advantages.tolist())) == (4 if len(lengths) > 1 else 2)
+
+
 def test_result_does_not_depend_on_the_order_of_votes_or_on_threads(device):
     credit = random_credit(5, num_responses=40, num_votes=6)
     advantages = moved(credit, device).advantages()

@@ -758,11 +758,13 @@ USAGE_ERRORS = {
     "out-in-file": ("--out", "{}/tokenizer.json/out.parquet", "is not a directory"),
     "out-is-input": ("--out", "{}/rollouts.jsonl", "would overwrite"),
     "summary-is-out": ("--summary", "{}/shaped.parquet", "would overwrite"),
-    "rule": ("--rule", "cappo", "name must be one of capo"),
-    "vote": ("--vote", "most", "vote must be one of"),
-    "weight": ("--process-weight", "-1", "process_weight must be finite and at least 0"),
+    "rule": ("--rule", "cappo", "--rule must be one of capo"),
+    "vote": ("--vote", "most", "--vote must be one of"),
+    "weight": ("--process-weight", "-1", "--process-weight must be finite and at least 0, got -1.0"),
+    "outcome": ("--outcome-weight", "nan", "--outcome-weight must be finite and at least 0, got nan"),
+    "vocabulary": ("--vocab-size", "3", f"--vocab-size is 3, but there are {VOCABULARY} tokens"),
     "delimiter": ("--delimiter", "", "the delimiter is empty"),
-    "eos": ("--eos-id", "100000", "eos_ids has 100000"),
+    "eos": ("--eos-id", "100000", "--eos-id has 100000"),
     "text": ("--tokenizer", "{}/bytes.tiktoken", "given as text and cannot be encoded: bytes.tiktoken is a tiktoken"),
 }
 
@@ -952,6 +954,18 @@ def test_ends_are_read_beside_the_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
     assert load_tokenizer(tmp_path / "tokenizer.json").token_bytes.eos.nonzero()[:, 0].tolist() == [0, END]
     assert load_tokenizer(tmp_path, eos_ids=[3]).token_bytes.eos.nonzero()[:, 0].tolist() == [3]
+
+
+def test_a_name_that_is_no_tokenizer_is_shown(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def unknown(name, **options):
+        assert options == {"trust_remote_code": False}
+        raise OSError("cannot connect")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unknown)
+    with pytest.raises(ValueError, match="no tokenizer 'some/model': it is no file or folder here.*cannot connect"):
+        load_tokenizer("some/model")
 
 
 def test_tokenizers_of_transformers():

@@ -810,6 +810,55 @@ class SlowTokenizer(PreTrainedTokenizer):
         return list(text)
 
 
+def test_ids_that_no_token_has_are_special():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({char: id_ + 10 * (id_ >= 100) for id_, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    table = TokenBytes.from_tokenizer(backend)
+    assert len(table) == 266 and table.special.nonzero().flatten().tolist() == list(range(100, 110))
+    a, b = (backend.token_to_id(char) for char in "ab")
+    check(table, [a, 105, b], "0.1")
+
+
+def test_tokens_that_a_tokenizer_calls_special_are_special():
+    """What only transformers knows: a token of the vocabulary that is named as padding."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer(), eos_token="<|end|>", pad_token="b")
+    table = TokenBytes.from_tokenizer(tokenizer)
+    assert table.special[tokenizer.convert_tokens_to_ids("b")]
+
+
+def test_added_tokens_of_sentencepiece_vocabularies_are_decoded():
+    backend = sentencepiece_tokenizer()
+    backend.add_tokens([AddedToken("▁word", normalized=False)])
+    table = TokenBytes.from_tokenizer(backend)
+    assert table[backend.token_to_id("▁word")] == b" word"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (torch.tensor([0, 2]), torch.tensor([2]), torch.tensor([0, 2])),
+            r"starts \[2\] and ends \[1\] differ in length",
+        ),
+        (
+            (torch.tensor([0]), torch.tensor([2]), torch.tensor([], dtype=torch.int64)),
+            "cu_steps is empty; for B responses",
+        ),
+        (
+            (torch.tensor([0.0]), torch.tensor([2]), torch.tensor([0, 1])),
+            r"starts must be a 1-D .* got torch.float32 \[1\]",
+        ),
+        ((torch.tensor([0]), [2], torch.tensor([0, 1])), "ends must be a 1-D int32 or int64 tensor, got list"),
+        ((torch.tensor([0]), torch.tensor([2]), torch.tensor([[0, 1]])), r"cu_steps must be a 1-D"),
+    ],
+)
+def test_wrong_steps_are_named(arguments, message):
+    with pytest.raises(ValueError, match=f"Steps: {message}"):
+        Steps(*arguments)
+
+
 @pytest.mark.parametrize("tokenizer", [SlowTokenizer(), object(), None], ids=["slow", "object", "None"])
 def test_tokenizers_without_byte_mapping_are_refused_with_advice(tokenizer):
     with pytest.raises(
@@ -828,6 +877,7 @@ def test_tokenizers_without_byte_mapping_are_refused_with_advice(tokenizer):
         decoders.Fuse(),
         decoders.Sequence([decoders.ByteFallback(), decoders.Strip(" ", 1, 0)]),
         decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 0, 1)]),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Strip(" ", 1, 0), decoders.Fuse()]),  # of every token
     ],
     ids=repr,
 )

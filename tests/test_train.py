@@ -537,7 +537,7 @@ JUDGE = ("judge.kind=transformers", f"judge.transformers.path={Path(__file__).pa
     [
         (("device=cuda",), "device=cuda, but PyTorch sees no GPU; choose device=cpu"),
         ((*JUDGE, "judge.transformers.device=cuda:1"), "judge.transformers.device=cuda:1, but PyTorch sees no GPU"),
-        (JUDGE, "judge.transformers: .*tests"),
+        (JUDGE, "judge.transformers: "),
         (("judge.kind=openai", "judge.openai.url=http://localhost:1/v1", "judge.openai.model=m",
           "judge.openai.api_key_env=CAPO_NO_KEY"), "judge.openai: .*CAPO_NO_KEY"),
         (("rollout.engine=vllm",), "rollout.engine=vllm: vLLM: not installed"),
