@@ -14,6 +14,7 @@ _EXPORTS = {
     "Credit": "capo.credit",
     "CreditRule": "capo.credit",
     "LossRule": "capo.losses",
+    "OutsideFences": "capo.steps",
     "PolicyInputs": "capo.patch",
     "PolicyLoss": "capo.losses",
     "Steps": "capo.steps",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from capo.patch import PolicyInputs as PolicyInputs
     from capo.patch import patch_causal_lm as patch_causal_lm
     from capo.shaping import shape as shape
+    from capo.steps import OutsideFences as OutsideFences
     from capo.steps import Steps as Steps
     from capo.steps import TokenBytes as TokenBytes
     from capo.steps import segment as segment

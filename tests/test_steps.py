@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import capo
 from capo import steps as steps_module
-from capo.steps import Steps, TokenBytes, _Delimiter, _segment_reference, segment, step_texts, truncated
+from capo.steps import OutsideFences, Steps, TokenBytes, _Delimiter, _segment_reference, segment, step_texts, truncated
 
 needs_native = pytest.mark.skipif(steps_module._native is None, reason="built without the native module")
 
@@ -323,6 +323,57 @@ SIMPLE = TokenBytes(
 )
 def test_delimiters(delimiter, pieces, expected):
     check(SIMPLE, ids_of(SIMPLE, pieces), expected, delimiter)
+
+
+BACKTICKS = "```"
+
+
+@pytest.mark.parametrize(
+    ("parts", "delimiter"),
+    [
+        (["Code:", f"\n\n{BACKTICKS}py\nx = 1\n\nStep 3: y = 2\n{BACKTICKS}", "\n\nDone."], "\n\n"),
+        (["a", f"\n\n  ~~~\nx\n\n{BACKTICKS}\n\ny\n~~~~ ", "\n\nb"], "\n\n"),  # tildes are closed by tildes
+        (["a", f"\n\n{BACKTICKS}`\nx\n\n{BACKTICKS}\n\ny\n{BACKTICKS}`", "\n\nb"], "\n\n"),  # four by four
+        (["a", f"\n\n{BACKTICKS}\nx", "\n\ny"], "\n\n"),  # never closed
+        (["a", f"\n\n{BACKTICKS}\nx", f"\n\n{BACKTICKS}py", "\n\n~~~\ny", "\n\n~~~"], "\n\n"),
+        (["a", f"\n\n    {BACKTICKS}\nx", f"\n\n    {BACKTICKS}"], "\n\n"),  # an indented line is no fence
+        (["a", f"\n\nin `{BACKTICKS}` line", f"\n\n`{BACKTICKS}` b"], "\n\n"),
+        (["a", f"\n\n{BACKTICKS}x{BACKTICKS} is code", f"\n\nb\n{BACKTICKS}"], "\n\n"),
+        (["So", "\n\n\\begin{align*}\na\n\nb\n\\end{align*}", "\n\nc"], "\n\n"),
+        (["\\begin{a}\\begin{b}\n\nx\n\n\\end{b}\n\ny\\end{a}", "\n\nz"], "\n\n"),
+        (["\\begin{a}\\begin{b}\n\nx\n\n\\end{b}", "\n\ny"], "\n\n"),  # the outer one is never closed
+        (["\\begin{a}", "\n\nx\\end{b}", "\n\ny"], "\n\n"),
+        (["a", f"##\n{BACKTICKS}\nx##y\n{BACKTICKS}\n", "##b"], "##"),
+        (["a", f"\n{BACKTICKS}\nx\n答\r\n{BACKTICKS}", "\nb"], re.compile(r"\n")),
+    ],
+)  # fmt: skip
+def test_fences_are_not_cut(parts, delimiter, qwen):
+    text = "".join(parts)
+    ids = ids_of(qwen, [bytes([byte]) for byte in text.encode()])
+    fences = OutsideFences(delimiter)
+    steps = segment(*batch(ids), qwen, fences)
+    assert step_texts(torch.tensor(ids), steps, qwen) == [parts]
+    assert ranges(steps) == ranges(reference(*batch(ids), qwen, fences))
+
+
+def test_without_fences_in_the_text_the_steps_are_the_same():
+    ids, cu = random_batch(60, 40)
+    for delimiter in ("\n\n", "##", re.compile(r"\n+")):
+        assert ranges(segment(ids, cu, SIMPLE, OutsideFences(delimiter))) == ranges(segment(ids, cu, SIMPLE, delimiter))
+    with pytest.raises(ValueError, match="delimiter must be"):
+        segment(ids, cu, SIMPLE, OutsideFences(""))
+
+
+@pytest.mark.parametrize(
+    "line", [f"{BACKTICKS}a\n", f"{BACKTICKS}\n\n", "~~~\n```\n", "\\begin{a}\n\n", "\\end{a}", "`" * 1000 + "\n"]
+)
+def test_fences_take_linear_time(line):
+    text = (line * 200_000)[:200_000].encode()
+    table = TokenBytes([bytes([byte]) for byte in range(256)])
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).int()
+    begin = time.process_time()
+    segment(ids, torch.tensor([0, len(ids)]), table, OutsideFences())
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("delimiter", ["", b"", None, 3, ["\n"]])
@@ -963,4 +1014,9 @@ def test_wrong_tiktoken_line_is_named(tmp_path, line):
 
 
 def test_names_are_public():
-    assert capo.segment is segment and capo.TokenBytes is TokenBytes and capo.Steps is Steps
+    assert (
+        capo.OutsideFences is OutsideFences
+        and capo.segment is segment
+        and capo.TokenBytes is TokenBytes
+        and capo.Steps is Steps
+    )
