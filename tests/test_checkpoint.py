@@ -316,6 +316,37 @@ def test_another_model_is_refused(saved, config, says):
         checkpoint.load(saved, *pair(2, config=config))
 
 
+def test_a_checkpoint_that_is_deleted_loses_its_name_first(tmp_path, monkeypatch):
+    for update in (1, 2):
+        checkpoint.save(checkpoint.checkpoint_path(tmp_path, update), *pair(1), {})
+
+    def dies(path, **kwargs):
+        if Path(path).is_dir():
+            (Path(path) / "checkpoint.json").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(Killed):
+            checkpoint.prune(tmp_path, 1)
+    assert checkpoint.saved_updates(tmp_path) == [2]
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["update-00000002"]
+
+
+def test_an_error_is_not_hidden_by_a_checkpoint_that_another_process_has_made(tmp_path, monkeypatch):
+    """Only a failed rename says that the other was quicker."""
+    folder = tmp_path / "cached"
+
+    def breaks(*args, **kwargs):
+        folder.mkdir()
+        raise ValueError("broken")
+
+    monkeypatch.setattr(checkpoint, "save_file", breaks)
+    with pytest.raises(ValueError, match="broken"):
+        checkpoint.save(folder, *pair(1), {})
+
+
 def test_prune_keeps_the_latest(tmp_path):
     for update in (1, 2, 10):
         checkpoint.save(checkpoint.checkpoint_path(tmp_path, update), *pair(1), {})

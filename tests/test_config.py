@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from capo import CreditRule
@@ -269,7 +270,21 @@ def test_outcome_only_methods_do_without_votes_and_may_have_them():
 
 @pytest.mark.parametrize(
     "output",
-    ["on", "null", "runs/a-{method}", "a: b # c", "ünï 😀", "\"quoted\" \\ 'twice'", "two\nlines", "-", "12", "1e3"],
+    [
+        "on",
+        "y",
+        "n",
+        "No",
+        "null",
+        "runs/a-{method}",
+        "a: b # c",
+        "ünï 😀",
+        "\"quoted\" \\ 'twice'",
+        "two\nlines",
+        "-",
+        "12",
+        "1e3",
+    ],
 )
 def test_yaml_round_trip(tmp_path, output):
     config = load_config(None, ["learning_rate=1e-7", "credit.clamp=3", f"output={output}", "warm_start.cache=null"])
@@ -281,6 +296,13 @@ def test_yaml_shows_every_setting_with_its_meaning():
     assert re.fullmatch(r"method: capo +# credit rule, .*", lines[0])
     assert len(lines) == len(_all_keys(TrainConfig)) + 11  # eleven sections
     assert all(re.search(r" # \S", line) for line in lines)
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainConfig().updates = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainConfig().loss.kl_coef = 0.5
 
 
 def test_differing_keys():
