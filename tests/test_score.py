@@ -541,6 +541,20 @@ def test_abstentions_reward_and_punish_nothing():
     assert table["advantages"].equals(score([GOLDEN], [], BYTES, delimiter="|").table["advantages"])
 
 
+def test_a_response_without_steps_needs_no_critiques():
+    row = {
+        "prompt": "p",
+        "responses": [{"text": " ", "outcome": 1}, {"text": "", "outcome": 0}, {"text": "a", "outcome": 0}],
+    }
+    assert score([row], [], BYTES).summary.uncritiqued == 1
+
+
+def test_outcomes_below_zero_are_wrong():
+    row = {"prompt": "p", "responses": [{"text": "a", "outcome": value} for value in (-1, 0, 0.5)]}
+    summary = score([row], [], BYTES).summary
+    assert (summary.right, summary.wrong, summary.undecided) == (1, 2, 0)
+
+
 # ---- rows that cannot be used
 
 BAD = {"prompt": "p", "id": "bad", "text": "ab|c", "outcome": 1}
@@ -618,6 +632,7 @@ BAD_CRITIQUES = {
     "no-id": ({"critiques": []}, "missing key: response_id, or prompt_index and response_index"),
     "half-a-place": ({"prompt_index": 0, "critiques": []}, "missing key"),
     "id-type": ({"response_id": [], "critiques": []}, "response_id must be a string or an integer, got a list"),
+    "place-bool": ({"prompt_index": True, "response_index": 0, "critiques": []}, "must be integers, got a boolean"),
     "place-type": ({"prompt_index": "0", "response_index": 0, "critiques": []}, "must be integers, got a string"),
     "no-critiques": ({"response_id": "c"}, "critiques must be a list, got null"),
     "critiques-type": ({"response_id": "c", "critiques": "Judgment: Yes"}, "critiques must be a list, got a string"),
@@ -681,6 +696,20 @@ def test_byte_order_marks_line_ends_and_blank_lines_are_no_matter(files):
     files.write([b"\xef\xbb\xbf" + json.dumps(GOLDEN).encode() + b"\r\n", b"  \r\n"], GOLDEN_CRITIQUES)
     assert files.run().exit_code == 0
     assert advantages(files.rows()) == GOLDEN_ADVANTAGES
+
+
+def test_ten_bad_rows_are_shown_and_all_are_listed(files):
+    files.write([GOLDEN, *[b"{\n"] * 25], GOLDEN_CRITIQUES)
+    result = files.run()
+    assert result.stderr.count("not valid JSON") == 10 and "25 rows were refused" in result.stderr
+    assert len(files.rejected()) == 25
+
+
+def test_numbers_of_any_size_and_nan_in_one_row_are_no_json(files):
+    files.write([GOLDEN, b'{"prompt": "p", "text": "a", "outcome": 1, "x": NaN, "y": ' + b"9" * 400 + b"}\n",
+                 b'{"prompt": "p", "text": "\\ud800", "x": NaN}\n'], GOLDEN_CRITIQUES)  # fmt: skip
+    assert files.run().exit_code == 1
+    assert ["not valid JSON" in bad["reason"] for bad in files.rejected()] == [True, True]
 
 
 def test_a_listing_of_refused_rows_does_not_outlive_them(files):
@@ -893,6 +922,17 @@ def test_the_old_output_stays_until_the_new_one_is_whole(files, monkeypatch):
     monkeypatch.setattr(os, "replace", watch)
     score_file(files.rollouts, files.critiques, BYTES, files.out, delimiter="|")
     assert replaced == [files.out] and len(files.rows()) == 2
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(files, monkeypatch):
+    files.write([GOLDEN, b"{\n"], GOLDEN_CRITIQUES)
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("synced"), sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append(Path(paths[1]).name), replace(*paths)))
+    score_file(files.rollouts, files.critiques, BYTES, files.out, delimiter="|", summary=files.folder / "s.json")
+    assert done == ["synced", "s.json", "synced", files.rejects.name, "synced", files.out.name]
+    assert json.loads((files.folder / "s.json").read_text())["seconds"] > 0
 
 
 def test_garbage_collection_is_on_again(files):
