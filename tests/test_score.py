@@ -199,10 +199,17 @@ def test_token_ids_give_what_their_text_gives_and_are_never_encoded():
     assert of_ids.equals(score([GOLDEN], GOLDEN_CRITIQUES, BYTES, delimiter="|").table)
 
 
-def test_where_ids_and_text_differ_the_ids_are_true():
-    row = {"prompt": "p", "responses": [{"id": "a", "text": "no|such|steps", "token_ids": ids("ab|c"), "outcome": 1}]}
-    (only,) = score([row], [], BYTES, delimiter="|").table.to_pylist()
+def test_where_ids_and_text_differ_the_ids_are_true_and_it_is_counted(files):
+    row = {"prompt": "p", "responses": [{"id": "a", "text": "no|such|steps", "token_ids": ids("ab|c"), "outcome": 1},
+                                        {"id": "b", "text": " é|c", "token_ids": [*ids("é|c"), END], "outcome": 1},
+                                        {"id": "c", "text": "é|c", "token_ids": ids("é| c"), "outcome": 0}]}  # fmt: skip
+    table, summary, _ = score([row], [], BYTES, delimiter="|")
+    only, *_ = table.to_pylist()
     assert only["token_ids"] == ids("ab|c") and only["step_ends"] == [2, 4]
+    assert summary.other_text == 2
+    files.write([row], [])
+    assert "ids spell another text │ 2 responses" in files.run().stdout
+    assert score([GOLDEN], [], BYTES, delimiter="|").summary.other_text == 0
 
 
 def test_ids_that_no_text_encodes_to_are_kept():
@@ -431,7 +438,7 @@ def test_the_output_is_bit_for_bit_what_it_was(files, monkeypatch):
             (Path(bad["file"]).name, bad["line"], str(bad["response"]), bad["reason"][:40]) for bad in files.rejected()
         )
         counts = {name: value for name, value in vars(summary).items() if type(value) in (int, dict)}
-        assert not counts.pop("undecided_reasons")
+        assert not counts.pop("undecided_reasons") and not counts.pop("other_text")
         assert summary.bad_rows > 20 and len(summary.parse_failures) == 8 and summary.uncritiqued and summary.undecided
         written = json.dumps([pq.read_table(files.out).to_pylist(), rejected, counts], sort_keys=True)
         assert hashlib.sha256(written.encode()).hexdigest()[:16] == digest, preset
