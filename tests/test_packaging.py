@@ -458,6 +458,36 @@ def banned(tree: ast.AST):
                     yield node, f"{key.arg}=True"
 
 
+def test_the_tests_that_docs_faults_names_are_there():
+    defined = {
+        path.name: set(re.findall(r"^def (\w+)", path.read_text(), re.MULTILINE))
+        for path in (ROOT / "tests").glob("*.py")
+    }
+    everywhere = set().union(*defined.values())
+    named = re.findall(
+        r"`(?:(\w+\.py)(?:::)?)?((?:test|poisoned)_\w+(?:\.\.\.)?)?`", (ROOT / "docs" / "faults.md").read_text()
+    )
+    assert len(named) > 100
+    for file, name in named:
+        there = everywhere if not file else defined[file]
+        prefix = name.removesuffix("...")
+        assert not name or name in there or (prefix != name and any(one.startswith(prefix) for one in there)), (
+            file,
+            name,
+        )
+
+
+def test_no_file_has_marks_of_a_merge():
+    suffixes = {".py", ".md", ".cpp", ".h", ".cu", ".cuh", ".toml", ".yaml", ".txt", ".in", ".csv", ""}
+    for folder in (
+        ROOT,
+        *(ROOT / name for name in (".ci", "benchmarks", "capo", "csrc", "docs", "examples", "kernels", "tests")),
+    ):
+        for path in folder.glob("*") if folder == ROOT else folder.rglob("*"):
+            if path.is_file() and path.suffix in suffixes:
+                assert not re.search(rb"^(<{7}|>{7}) ", path.read_bytes(), re.MULTILINE), path
+
+
 def test_the_bans_are_noticed():
     planted = {
         "assert x": "assert", "try:\n  f()\nexcept:\n  pass": "bare except", "import pickle": "import pickle",

@@ -420,7 +420,8 @@ def test_bits_do_not_depend_on_threads_or_repetition(device):
     expected, expected_grad = run(batch, RULES["all"])
     threads = torch.get_num_threads()
     try:
-        for number in (1, 2, 3, 16, *([2] * 30)):
+        repeats = 2 if capo.backends.chosen(device.type) == "torch" else 30  # nothing of ours can race in plain PyTorch
+        for number in (1, 2, 3, 16, *([2] * repeats)):
             torch.set_num_threads(number)
             out, grad = run(batch, RULES["all"])
             assert torch.equal(grad, expected_grad)
@@ -591,12 +592,13 @@ def test_autocast_changes_nothing(device):
     assert torch.equal(out.loss, expected.loss) and torch.equal(grad, expected_grad)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_without_graph_breaks_gives_the_same_bits(dynamic, device):
+# Inductor once: with static shapes it would compile each of them, which takes most of a minute.
+@pytest.mark.parametrize(("dynamic", "compiler"), [(False, "aot_eager"), (True, "inductor")])
+def test_compile_without_graph_breaks_gives_the_same_bits(dynamic, compiler, device):
     def step(logits, rest, rule):
         return capo.policy_loss(logits, rule=rule, **rest).loss * 2
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for seed, lengths in enumerate([(5, 3), (4, 4), (2, 9)]):
         rest = dict(vars(random_batch(lengths=lengths, seed=seed).to(device)))
         given = rest.pop("logits")
