@@ -567,6 +567,7 @@ def test_outcomes_below_zero_are_wrong():
 BAD = {"prompt": "p", "id": "bad", "text": "ab|c", "outcome": 1}
 BAD_ROWS = {
     "broken": (b'{"prompt": "p", \n', "not valid JSON"),
+    "late-bom": (b'\xef\xbb\xbf{"prompt": "p", "text": "a", "outcome": 1}\n', "not valid JSON"),
     "no-object": (["prompt"], "a row must be an object, got a list"),
     "not-utf-8": (b'{"prompt": "p", "text": "\xff"}\n', "UTF-8"),
     "deep": (b"[" * 100_000 + b"\n", "not valid JSON"),
@@ -678,6 +679,25 @@ def test_bad_critiques_are_named_and_cost_their_response_its_votes_only(files, b
     (rejected,) = files.rejected()
     assert rejected["line"] == 3 and rejected["file"] == str(files.critiques)
     assert re.search(reason, rejected["reason"])
+
+
+def test_two_rows_of_critiques_of_one_response_leave_it_the_first(files):
+    """Both are known when the response comes, as the response before it has its critiques behind them."""
+    by_place = {"prompt_index": 0, "response_index": 1, "critiques": [{"flagged": [0, 1]}]}
+    files.write(
+        [{**GOLDEN, "responses": GOLDEN["responses"][::-1]}], [GOLDEN_CRITIQUES[0], by_place, GOLDEN_CRITIQUES[1]]
+    )
+    assert files.run().exit_code == 1
+    assert advantages(files.rows()) == GOLDEN_ADVANTAGES
+    (rejected,) = files.rejected()
+    assert (rejected["line"], rejected["reason"]) == (2, "a second row of critiques of response a")
+
+
+@pytest.mark.parametrize("change", [{"num_votes": 0}, {"num_votes": -1}, {"delimiter": ""}])
+def test_wrong_arguments_in_memory_are_named(change):
+    ((name, _),) = change.items()
+    with pytest.raises(InputError, match=name):
+        score([GOLDEN], [], BYTES, **change)
 
 
 def test_records_in_memory_may_be_no_json():

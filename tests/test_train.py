@@ -112,7 +112,7 @@ def test_training_raises_accuracy(tmp_path):
 def test_every_method_runs(tmp_path, method):
     result = run(small(tmp_path, f"method={method}", "updates=1"))
     (_, row) = read_metrics(result.run_dir / "metrics.jsonl")
-    assert row["step"] == 1 and row["entropy"] > 0 and row["capo/bad_updates"] == 0
+    assert row["step"] == 1 and row["entropy"] > 0 and row["capo/bad_updates"] == 0 and "kl" not in row
 
 
 def test_metrics_are_valid_json_with_the_usual_names(tmp_path):
@@ -176,7 +176,8 @@ LOSSES = {
     "token_mean": ("loss.reduce=token_mean",),
     "constant": ("loss.reduce=constant", "loss.constant=100.0"),
     "sequence ratio": ("loss.ratio=sequence",),
-    "kl and entropy": ("loss.kl_coef=0.1", "loss.entropy_coef=0.01"),
+    "kl": ("loss.kl_coef=0.1",),
+    "entropy": ("loss.entropy_coef=0.01",),
 }
 
 
@@ -253,6 +254,46 @@ def test_minibatches_and_epochs_are_optimiser_steps(tmp_path):
     metrics, _ = learn(model, optimizer, batch, config)
     steps = {int(state["step"]) for state in optimizer.state.values()}
     assert steps == {9} and metrics["capo/idle_minibatches"] == 3  # the third group of four is dead
+
+
+def test_gradients_are_scaled_down_to_the_norm(tmp_path):
+    moved = []
+    for norm in (1e-3, 1e6):
+        config = small(tmp_path, f"max_grad_norm={norm}", "minibatches=1")
+        model, batch = batch_of(config, prompts=4)
+        before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+        metrics, _ = learn(model, torch.optim.SGD(model.parameters(), lr=1.0), batch, config)
+        after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        moved.append((after - before).norm().item())
+    assert moved[0] == pytest.approx(1e-3, rel=1e-2)
+    assert moved[1] == pytest.approx(metrics["grad_norm"], rel=1e-3) and moved[1] > 0.01
+
+
+def test_a_bad_minibatch_ends_its_update(tmp_path, monkeypatch):
+    original, calls = capo.policy_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        output = original(*args, **kwargs)
+        return output._replace(loss=output.loss * math.nan)
+
+    monkeypatch.setattr(capo, "policy_loss", broken)
+    config = small(tmp_path, "minibatches=4")
+    model, batch = batch_of(config, prompts=4)
+    _, finite = learn(model, torch.optim.AdamW(model.parameters()), batch, config)
+    assert not finite and len(calls) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_logprobs_are_those_of_the_temperature(tmp_path, temperature):
+    config = small(tmp_path, f"temperature={temperature}")
+    model, batch = batch_of(config)
+    logprobs, _ = response_logprobs(model, batch.rollouts, config)
+    logits = response_logits(model, batch.rollouts).detach() / temperature
+    expected = logits.log_softmax(-1).gather(1, batch.rollouts.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    result = run(small(tmp_path, f"temperature={temperature}", "updates=1"))
+    assert read_metrics(result.run_dir / "metrics.jsonl")[1]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
 def test_learning_rate_warms_up_and_stays(tmp_path):
@@ -393,7 +434,7 @@ def test_a_signal_in_the_warm_start_ends_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "loss alone", "gradient"])
 def test_bad_updates_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch, bad, what):
     original, after = capo.policy_loss, {"calls": 0}
 
@@ -404,6 +445,8 @@ def test_bad_updates_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch, 
             return output
         if what == "loss":
             return output._replace(loss=output.loss * bad)
+        if what == "loss alone":
+            return output._replace(loss=output.loss + bad)
         output.loss.register_hook(lambda gradient: gradient * bad)
         return output
 
@@ -668,6 +711,8 @@ def test_outcome_metrics_by_hand():
     assert metrics["reward"] == pytest.approx(4 / 5) and metrics["capo/undecided"] == 4
     assert metrics["reward_std"] == pytest.approx((math.sqrt(0.5) + 0) / 2)
     assert metrics["frac_reward_zero_std"] == 0.5
+    close = outcome_metrics(torch.tensor([1.0, 1.0 - 2**-20, 0.0, 0.0]), torch.arange(4) // 2)
+    assert close["frac_reward_zero_std"] == 0.5  # exactly 0, not nearly
     assert outcome_metrics(torch.tensor([nan, nan]), torch.zeros(2, dtype=torch.int64))["reward"] is None
 
 
