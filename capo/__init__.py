@@ -14,6 +14,7 @@ _EXPORTS = {
     "Credit": "capo.credit",
     "CreditRule": "capo.credit",
     "LossRule": "capo.losses",
+    "OutsideFences": "capo.steps",
     "PolicyInputs": "capo.patch",
     "PolicyLoss": "capo.losses",
     "StepCredit": "capo.shaping",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from capo.patch import patch_causal_lm as patch_causal_lm
     from capo.shaping import StepCredit as StepCredit
     from capo.shaping import shape as shape
+    from capo.steps import OutsideFences as OutsideFences
     from capo.steps import Steps as Steps
     from capo.steps import TokenBytes as TokenBytes
     from capo.steps import segment as segment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +93,7 @@ def score(
     """
     from capo.scoreboard import progress_bar, table
 
-    with _usage_errors(ImportError, OSError, ValueError):
+    with _usage_errors(ImportError, OSError, ValueError, options=_SCORE_OPTIONS):
         from capo.credit import CreditRule
         from capo.score import InputError, score_file
         from capo.tokenizer import load_tokenizer
@@ -158,8 +158,9 @@ def judge(
     if settings.num_votes < 1:
         raise UsageError("capo judge needs votes: num_votes must be at least 1")
     if out is not None:
-        with _usage_errors(OSError):
-            out.mkdir(parents=True, exist_ok=True)
+        from capo.rundir import make_folder
+
+        make_folder("--out", out)
 
     from capo.judges import JudgeError
     from capo.judges.check import check, known_wrong, load, plot, table, write_csv, write_replies
@@ -187,13 +188,27 @@ def judge(
         typer.echo(f"table, plot, replies: {out}")
 
 
+# What the library calls an argument -> the option of `capo score` that sets it.
+_SCORE_OPTIONS = {
+    "CreditRule.preset: name": "--rule",
+    "CreditRule: vote": "--vote",
+    "CreditRule: outcome_weight": "--outcome-weight",
+    "CreditRule: process_weight": "--process-weight",
+    "TokenBytes: num_tokens": "--vocab-size",
+    "TokenBytes: eos_ids": "--eos-id",
+}
+
+
 @contextlib.contextmanager
-def _usage_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, as `UsageError`."""
+def _usage_errors(*kinds: type[Exception], options: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Errors of these kinds, as `UsageError`; with the names of options, where they begin with those of arguments."""
     try:
         yield
     except kinds as error:
-        raise UsageError(str(error)) from error
+        text = str(error)
+        for argument, option in (options or {}).items():
+            text = f"{option}{text.removeprefix(argument)}" if text.startswith(f"{argument} ") else text
+        raise UsageError(text) from error
 
 
 def _unescaped(text: str) -> str:
@@ -265,6 +280,8 @@ def trl_command(context: typer.Context) -> None:
     """
     try:
         from capo.integrations.trl_command import run as run_trl
+    except ModuleNotFoundError as error:
+        raise UsageError(f"capo trl needs {error.name}: pip install 'capo[trl]'") from None
     except ImportError as error:
         raise UsageError(str(error)) from error
     run_trl(context.args)

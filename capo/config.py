@@ -345,7 +345,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as problems:
-        raise UsageError(_explain(problems, path)) from None
+        raise UsageError(
+            _explain(problems, path, [override.partition("=")[0].strip() for override in overrides])
+        ) from None
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -353,7 +355,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE + 1)
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the configuration: {error.strerror}") from None
+        hint = "; the first argument is a YAML file, settings come after it" if "=" in path.name else ""
+        raise UsageError(f"{path}: cannot read the configuration: {error.strerror}{hint}") from None
     if len(raw) > MAX_FILE:
         raise UsageError(f"{path}: more than {MAX_FILE} bytes; a configuration is a few kilobytes")
     try:
@@ -488,17 +491,20 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(problems: ValidationError, path: str | Path | None) -> str:
+def _explain(problems: ValidationError, path: str | Path | None, overridden: Sequence[str]) -> str:
+    """What is wrong, a line each; the file is named where no override can be at fault."""
     lines = []
     for problem in problems.errors(include_url=False):
         key = ".".join(map(str, problem["loc"]))
         value = problem["input"]
         message = problem["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:] if message.startswith("Input") else message
+        if problem["type"] != "value_error":  # a sentence of pydantic's
+            message = message[0].lower() + message[1:]
         plain = isinstance(value, str | int | float | bool | type(None))
         got = f", got {value!r:.80} ({type(value).__name__})" if key and plain else ""
-        lines.append(f"{key}: {message}{got}" if key else message)
-    return f"{path}: " * (path is not None) + "\n".join(dict.fromkeys(lines))
+        of_file = path is not None and not any(f"{name}.".startswith(f"{key}." if key else "") for name in overridden)
+        lines.append(f"{path}: " * of_file + (f"{key}: {message}{got}" if key else message))
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _yaml_lines(section: BaseModel, indent: str = "") -> Iterator[str]:

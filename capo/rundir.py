@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,14 +43,29 @@ def check(config: TrainConfig, resume: bool) -> None:
         )
 
 
+def make_folder(setting: str, folder: Path) -> None:
+    """Make a folder if it is not there, and see that files can be written in it.
+
+    Raises:
+        UsageError: they cannot; it names the setting.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{setting}={folder}: cannot write there: {error.strerror}; choose another folder") from None
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold a run folder; the system gives it back when the process ends, however it ends.
 
     Raises:
+        UsageError: the folder cannot be made or written to.
         BlockingIOError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("output", folder)
     with open(folder / "lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

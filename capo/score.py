@@ -90,6 +90,8 @@ class ScoreSummary:
         bad_row_examples: the first of them.
         seconds: wall time.
         undecided_reasons: undecided responses that were verified, by reason; see `capo.verify.Verifier.counts`.
+        other_text: responses given as ids and as text where the ids spell another text, white space at the ends apart. The
+            ids count; many such responses mean another tokenizer than the policy's.
     """
 
     responses: int
@@ -110,6 +112,7 @@ class ScoreSummary:
     bad_row_examples: tuple[str, ...]
     seconds: float
     undecided_reasons: dict[str, int] = field(default_factory=dict)
+    other_text: int = 0
 
 
 class Scored(NamedTuple):
@@ -395,6 +398,10 @@ class _Run:
         rest = iter(encoded)
         kept = []
         for response in responses:
+            if response.token_ids is not None and response.text is not None:
+                ids = memoryview(response.token_ids).cast("i")
+                spelled = self.options.tokenizer.token_bytes.join(ids)
+                self.tallies.other_text += spelled.strip() != response.text.encode().strip()
             if response.token_ids is None:
                 response.token_ids = pack_token_ids(next(rest), len(self.options.tokenizer.token_bytes))
             length = len(response.token_ids) // 4
@@ -502,6 +509,7 @@ class _Tallies:
     signal_groups: int = 0
     groups: int = 0
     uncritiqued: int = 0
+    other_text: int = 0
     bad_rows: int = 0
     bad_row_examples: list[str] = field(default_factory=list)
     by_outcome: Counter[str] = field(default_factory=Counter)
@@ -566,6 +574,7 @@ class _Tallies:
             bad_rows=self.bad_rows,
             bad_row_examples=tuple(self.bad_row_examples),
             seconds=0.0,
+            other_text=self.other_text,
         )
 
 

@@ -64,6 +64,8 @@ def _lines(summary: ScoreSummary) -> Iterator[tuple[str, str]]:
     kappa = "-" if summary.kappa is None else f"{summary.kappa:.3f}"
     yield "votes that agree", f"{_percent(summary.vote_agreement)}, Fleiss' kappa {kappa}"
     yield "groups without signal", f"{summary.zero_signal_groups:,}"
+    if summary.other_text:
+        yield "ids spell another text", f"{summary.other_text:,} responses; is it the policy's tokenizer?"
     yield "rows refused", f"{summary.bad_rows:,}"
     yield "time", f"{summary.seconds:.2f} s, {rate:,.0f} tokens/s"
 

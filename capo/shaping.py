@@ -580,6 +580,8 @@ def _groups(groups: Any, rows: Rows) -> Tensor:
             raise ValueError(f"shape: groups={groups} responses per prompt do not divide {len(rows)} rows")
         return torch.arange(len(rows), device=rows.device) // groups
     if not isinstance(groups, Tensor):
+        if isinstance(groups, bool) or not hasattr(groups, "__iter__"):
+            raise ValueError(f"shape: groups must be a number of responses or one id for each row, got {groups!r:.80}")
         ids = groups.tolist() if hasattr(groups, "tolist") else list(groups)
         numbers = {id_: number for number, id_ in enumerate(dict.fromkeys(ids))}
         groups = torch.tensor([numbers[id_] for id_ in ids], dtype=torch.int64)

@@ -109,7 +109,12 @@ def _auto_tokenizer(name: str) -> Any:
         raise ImportError(
             f"{name!r} is no file or folder; to look it up as a model name, install transformers"
         ) from error
-    return AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer {name!r}: it is no file or folder here, nor a model that loads: {error}"
+        ) from error
 
 
 def _hugging_face(tokenizer: Any, num_tokens: int | None, eos_ids: Iterable[int] | None) -> Tokenizer:

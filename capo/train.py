@@ -43,7 +43,7 @@ from capo.metrics import (
 )
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
-from capo.rollout import Engine, Rollouts, Sampling, TransformersEngine, mismatch
+from capo.rollout import Engine, RolloutError, Rollouts, Sampling, TransformersEngine, mismatch
 from capo.steps import segment, step_texts
 from capo.verify import Outcome, Verifier
 
@@ -85,10 +85,11 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         console: where progress is shown; None: standard error.
 
     Raises:
-        UsageError: the run folder is in use, or does not fit the request.
+        UsageError: the run folder is in use, not writable, or does not fit the request; a device, judge or sampling engine
+            that cannot work. Nothing has run by then.
         TrainingError: too many updates in a row with a loss or gradient that is NaN or Inf, or log-probabilities of sampler
             and trainer that are too far apart.
-        capo.rollout.RolloutError: responses cannot be sampled.
+        capo.rollout.RolloutError: no response can be used.
         VerifierError: the verifier does not work.
         capo.checkpoint.CheckpointError: the checkpoint to resume from is damaged.
         OSError: a checkpoint cannot be written; earlier ones are intact.
@@ -98,10 +99,10 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         torch.set_num_threads(config.threads)
     rundir.check(config, resume)
     try:
-        with rundir.lock(config.run_dir), rundir.stop_on_signal() as stop:
-            rundir.check(config, resume)  # again, now that nobody else can write there
+        with rundir.stop_on_signal() as stop:
             run = _Run(config, resume, console, stop)
-            with closing(run.judge), run.verifier:
+            with closing(run.judge), run.verifier, rundir.lock(config.run_dir):
+                rundir.check(config, resume)  # again, now that nobody else can write there
                 return run.train()
     except BlockingIOError:
         raise UsageError(f"{config.run_dir}: another run is at work in this folder") from None
@@ -114,13 +115,16 @@ class _Run:
         self.config, self.resume, self.console, self.stop = config, resume, console, stop
         self.folder = config.run_dir
         self.checkpoints = self.folder / "checkpoints"
+        device = _device("device", config.device)
+        if config.judge.kind == "transformers":
+            _device("judge.transformers.device", config.judge.transformers.device)
         self.task = ArithmeticTask(config.task, stream(config.seeds.data, "task"))
         held_out = torch.Generator().manual_seed(stream(config.seeds.data, "held out"))
         self.held_out = self.task.problems(config.task.held_out, held_out, held_out=True)
         self.judge = make_judge(config.judge, self.task.check, stream(config.seeds.rl, "judge"))
         self.verifier = Verifier(engine="plain")  # the task's answers are digits
         self.model = build_model(config.model, self.task, stream(config.seeds.warm_start, "weights"))
-        self.model.to(_device(config.device))
+        self.model.to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
         )
@@ -129,10 +133,30 @@ class _Run:
         self.state: dict[str, Any] = {"update": 0, "num_tokens": 0, "bad_in_row": 0, "bad_updates": 0}
 
     def train(self) -> Result:
-        if not self._start():
-            return Result(self.folder, 0, None, None, stopped=True)
+        # What cannot work fails here, before the warm start.
+        if self.config.warm_start.cache is not None:
+            rundir.make_folder("warm_start.cache", Path(self.config.warm_start.cache))
         with contextlib.closing(build_engine(self.model, self.task, self.config)) as engine:
+            self._try_judge()
+            if not self._start():
+                return Result(self.folder, 0, None, None, stopped=True)
             return self._loop(engine)
+
+    def _try_judge(self) -> None:
+        """Ask a judge that is a model about one solution, if the run will need it."""
+        config = self.config.judge
+        if config.kind == "scripted" or config.num_votes == 0 or self.config.credit_rule().process_weight == 0:
+            return
+        problem = self.held_out[0]
+        steps = tuple(problem.solution.split(DELIMITER))
+        try:
+            ((reply,),) = self.judge.critique([JudgeRequest(problem.question, problem.solution, steps)], 1)
+        except JudgeError as error:
+            raise UsageError(f"judge.kind={config.kind}: {error}") from None
+        if reply.state == "failed":
+            raise UsageError(
+                f"judge.kind={config.kind}: {self.judge!r} gives no reply to a first question: {reply.error}"
+            )
 
     def _loop(self, engine: Engine) -> Result:
         config, state = self.config, self.state
@@ -350,8 +374,7 @@ def build_engine(model: Any, task: ArithmeticTask, config: TrainConfig) -> Engin
     """The sampling engine that the configuration names.
 
     Raises:
-        capo.rollout.RolloutError: it cannot run here.
-        UsageError: the model has not the context asked for.
+        UsageError: it cannot run here, or the model has not the context asked for.
     """
     try:
         sampling = Sampling(
@@ -366,8 +389,8 @@ def build_engine(model: Any, task: ArithmeticTask, config: TrainConfig) -> Engin
         from capo.rollout_vllm import VllmEngine
 
         return VllmEngine(model, sampling, cache_gib=config.rollout.cache_gib, dtype=config.rollout.dtype)
-    except ValueError as error:
-        raise UsageError(f"rollout: {error}") from None
+    except (ValueError, RolloutError) as error:
+        raise UsageError(f"rollout.engine={config.rollout.engine}: {error}") from None
 
 
 def verify(verifier: Verifier, task: ArithmeticTask, rollouts: Rollouts, problems: list[Problem]) -> Tensor:
@@ -382,11 +405,16 @@ class _Stopped(Exception):
     """A signal asked the warm start to end."""
 
 
-def _device(name: str) -> str:
+def _device(setting: str, name: str) -> str:
+    """The device that a setting asks for; UsageError if it is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device=cuda, but PyTorch sees no GPU; choose device=cpu or auto")
+    if name.startswith("cuda"):
+        number, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+        if not torch.cuda.is_available() or number >= count:
+            raise UsageError(
+                f"{setting}={name}, but PyTorch sees {count or 'no'} GPU{'s' * (count > 1)}; choose {setting}=cpu"
+            )
     return name
 
 

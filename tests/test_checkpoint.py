@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +147,64 @@ def test_a_full_disk_is_an_error_and_old_checkpoints_stay(tmp_path, saved, monke
     assert [path.name for path in tmp_path.iterdir()] == [saved.name]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system"),
+                                   OSError(5, "Input/output error"), OSError(122, "Disk quota exceeded")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("call", ["mkdir", "save_file", "write_text", "fsync", "replace"])
+def test_every_write_that_fails_is_an_error_and_leaves_nothing(tmp_path, saved, monkeypatch, call, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    owner = {"save_file": checkpoint, "fsync": os, "replace": os}.get(call, type(saved))
+    before = contents(*pair(1, steps=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, fails)
+        with pytest.raises(OSError, match=error.strerror):
+            checkpoint.save(checkpoint.checkpoint_path(tmp_path, 8), *pair(1), {})
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+    loaded = pair(2)
+    checkpoint.load(saved, *loaded)
+    assert same(before, contents(*loaded))
+
+
+def test_a_save_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    """Files, then their folder, then the rename, then the folder above: a crash of the machine loses none of them."""
+    synced, opened = [], {}
+    original_open, original_sync, original_replace = os.open, os.fsync, os.replace
+
+    def watch_open(path, *args, **kwargs):
+        descriptor = original_open(path, *args, **kwargs)
+        opened[descriptor] = Path(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", watch_open)
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(opened[descriptor].name), original_sync(descriptor))
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (synced.append("renamed"), original_replace(*paths)))
+    checkpoint.save(tmp_path / "new", *pair(1, steps=1), {})
+    files = sorted(path.name for path in (tmp_path / "new").iterdir())
+    *written, folder, renamed, above = synced
+    assert sorted(written) == files and folder.startswith(".new.") and (renamed, above) == ("renamed", tmp_path.name)
+    synced.clear()
+    checkpoint.write_text(tmp_path / "text", "x")
+    assert synced[0].startswith(".text.") and synced[1:] == ["renamed", tmp_path.name]
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    checkpoint.write_text(path, "before")
+    for owner, call in ((type(path), "write_text"), (os, "fsync"), (os, "replace")):
+
+        def dies(*args, **kwargs):
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, call, dies)
+            with pytest.raises(Killed):
+                checkpoint.write_text(path, "after")
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("text", "before")]
+
+
 def test_a_checkpoint_never_changes(saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     checkpoint.save(saved, *pair(5), {"update": 99})
@@ -255,6 +314,37 @@ def test_damage_is_refused_and_nothing_is_touched(saved, damage, says):
 def test_another_model_is_refused(saved, config, says):
     with pytest.raises(checkpoint.CheckpointError, match=says):
         checkpoint.load(saved, *pair(2, config=config))
+
+
+def test_a_checkpoint_that_is_deleted_loses_its_name_first(tmp_path, monkeypatch):
+    for update in (1, 2):
+        checkpoint.save(checkpoint.checkpoint_path(tmp_path, update), *pair(1), {})
+
+    def dies(path, **kwargs):
+        if Path(path).is_dir():
+            (Path(path) / "checkpoint.json").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(Killed):
+            checkpoint.prune(tmp_path, 1)
+    assert checkpoint.saved_updates(tmp_path) == [2]
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["update-00000002"]
+
+
+def test_an_error_is_not_hidden_by_a_checkpoint_that_another_process_has_made(tmp_path, monkeypatch):
+    """Only a failed rename says that the other was quicker."""
+    folder = tmp_path / "cached"
+
+    def breaks(*args, **kwargs):
+        folder.mkdir()
+        raise ValueError("broken")
+
+    monkeypatch.setattr(checkpoint, "save_file", breaks)
+    with pytest.raises(ValueError, match="broken"):
+        checkpoint.save(folder, *pair(1), {})
 
 
 def test_prune_keeps_the_latest(tmp_path):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from capo import CreditRule
@@ -93,6 +94,60 @@ def test_unknown_key_with_nothing_near_lists_the_keys():
 )
 def test_wrong_type_names_key_and_value(override, says):
     assert says in refusal(overrides=[override])
+
+
+def test_an_error_names_the_file_only_if_no_override_can_be_at_fault(tmp_path):
+    path = written(tmp_path, "updates: x\nprompts: 6\nminibatches: 4\njudge: {kind: openai}\n")
+    assert refusal(path, ["epochs=y"]).splitlines() == [
+        f"{path}: updates: input should be a valid integer, got 'x' (str)",
+        "epochs: input should be a valid integer, got 'y' (str)",
+        f"{path}: judge: kind=openai needs judge.openai.url",
+    ]
+    good = written(tmp_path, "prompts: 6\nminibatches: 3\n")
+    assert refusal(good, ["minibatches=4"]) == "prompts=6 must be a multiple of minibatches=4"
+    assert refusal(good, ["judge.kind=vllm"]) == "judge: kind=vllm needs judge.vllm.path"
+    bad = written(tmp_path, "prompts: 6\nminibatches: 4\n")
+    assert refusal(bad) == f"{bad}: prompts=6 must be a multiple of minibatches=4"
+
+
+def test_a_setting_in_place_of_the_file_is_told_apart():
+    assert "the first argument is a YAML file, settings come after it" in refusal("updates=3")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["judge.adaptive='false'", "judge.adaptive=0", "judge.structured=off", "judge.openai.allow_http='true'"],
+)
+def test_only_true_and_false_are_booleans(override):
+    assert "input should be a valid boolean" in refusal(overrides=[override])
+
+
+# The last value that is allowed, and the first one that is not.
+@pytest.mark.parametrize(
+    ("key", "allowed", "refused"),
+    [
+        ("group_size", 2, 1), ("prompts", 2, 0), ("updates", 0, -1), ("epochs", 1, 0), ("micro_batch", 1, 0),
+        ("max_new_tokens", 1, 0), ("temperature", 1e-3, 0), ("temperature", 100, 101), ("learning_rate", 1e-9, 0),
+        ("learning_rate", 1, 1.5), ("weight_decay", 0, -0.1), ("max_grad_norm", 1e-9, 0), ("max_bad_updates", 1, 0),
+        ("eval_every", 1, 0), ("save_every", 1, 0), ("keep_checkpoints", 1, 0), ("threads", 1, 0), ("task.steps", 1, 0),
+        ("task.held_out", 1, 0), ("task.misconceptions", 1, 1.1), ("model.layers", 1, 0), ("model.init_std", 1e-9, 0),
+        ("warm_start.steps", 0, -1), ("warm_start.batch", 1, 0), ("warm_start.learning_rate", 1e-9, 0),
+        ("judge.num_votes", 1, 0), ("judge.num_votes", 127, 128), ("judge.failed", 1, 1.1), ("judge.missed", 0, -0.1),
+        ("judge.top_p", 1, 0), ("judge.temperature", 0, -0.1), ("judge.max_tokens", 1, 0), ("rollout.chunks", 1, 0),
+        ("rollout.context", 2, 1), ("rollout.max_mismatch", 1e-9, 0), ("credit.clamp", 1e-9, 0), ("credit.std_floor", 0, -1),
+        ("credit.process_weight", 0, -1), ("loss.clip_low", 1, 1.1), ("loss.clip_low", 0, -0.1),
+        ("loss.clip_dual", 1.001, 1), ("loss.kl_coef", 0, -0.1), ("loss.importance_cap", 1e-9, 0), ("seeds.rl", 2**31 - 1, 2**31),
+    ],
+)  # fmt: skip
+def test_where_ranges_end(key, allowed, refused):
+    rest = ["minibatches=1", "judge.num_votes=1"]
+    load_config(None, [*rest, f"{key}={allowed}"])
+    assert key in refusal(overrides=[*rest, f"{key}={refused}"])
+
+
+def test_heads_have_an_even_width():
+    load_config(None, ["model.hidden=72", "model.heads=4"])
+    assert "hidden=68 must be a multiple of 2 * heads=8" in refusal(overrides=["model.hidden=68", "model.heads=4"])
 
 
 def numeric_keys():
@@ -215,7 +270,21 @@ def test_outcome_only_methods_do_without_votes_and_may_have_them():
 
 @pytest.mark.parametrize(
     "output",
-    ["on", "null", "runs/a-{method}", "a: b # c", "ünï 😀", "\"quoted\" \\ 'twice'", "two\nlines", "-", "12", "1e3"],
+    [
+        "on",
+        "y",
+        "n",
+        "No",
+        "null",
+        "runs/a-{method}",
+        "a: b # c",
+        "ünï 😀",
+        "\"quoted\" \\ 'twice'",
+        "two\nlines",
+        "-",
+        "12",
+        "1e3",
+    ],
 )
 def test_yaml_round_trip(tmp_path, output):
     config = load_config(None, ["learning_rate=1e-7", "credit.clamp=3", f"output={output}", "warm_start.cache=null"])
@@ -227,6 +296,13 @@ def test_yaml_shows_every_setting_with_its_meaning():
     assert re.fullmatch(r"method: capo +# credit rule, .*", lines[0])
     assert len(lines) == len(_all_keys(TrainConfig)) + 11  # eleven sections
     assert all(re.search(r" # \S", line) for line in lines)
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainConfig().updates = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainConfig().loss.kl_coef = 0.5
 
 
 def test_differing_keys():

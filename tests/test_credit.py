@@ -243,6 +243,23 @@ def test_an_undecided_outcome_leaves_its_group(device):
     assert not moved(make([float("nan")] * 2, [[1], [2]], [1, 0]), device).advantages().any()
 
 
+@pytest.mark.parametrize("vote", VOTES)
+def test_votes_only_take_reward_away(vote, device):
+    """Whatever a judge is made to say of a response, no token of it has more reward than its outcome gives."""
+    for seed in range(10):
+        credit = random_credit(seed, num_votes=4, rule=CreditRule(vote=vote, normalize="group_mean"))
+        alone = dataclasses.replace(credit, groups=torch.arange(len(credit.outcomes)))
+        # Alone in its group a response has mean reward 0; its best token is one that nobody has flagged.
+        steps = step_weights(credit.votes, vote)
+        rewards = 2 * credit.outcomes.double().repeat_interleave(credit.cu_seqlens.diff())
+        for start, end, weight in zip(credit.steps.starts, credit.steps.ends, steps, strict=True):
+            rewards[start:end] -= weight
+        means = [part.mean() if len(part) else part.sum() for part in rewards.split(credit.cu_seqlens.diff().tolist())]
+        expected = rewards - torch.stack(means).repeat_interleave(credit.cu_seqlens.diff())
+        assert bool((steps >= 0).all())
+        torch.testing.assert_close(moved(alone, device).advantages().cpu().double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_tokens_outside_all_steps_have_weight_zero(device):
     credit = Credit(
         torch.tensor([1.0, 0.0]),
@@ -281,6 +298,16 @@ def test_non_contiguous_inputs_and_many_votes(device):
     assert not strided.votes.is_contiguous()
     assert torch.equal(moved(strided, device).advantages(), moved(credit, device).advantages())
     torch.testing.assert_close(moved(credit, device).advantages().cpu().double(), truth(credit), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 10_000, [10_000]], ids=["each token a step", "one step"])
+def test_as_many_steps_as_tokens_and_one(lengths, device):
+    generator = torch.Generator().manual_seed(0)
+    flags = torch.randint(-1, 2, (2 * len(lengths), 3), generator=generator).tolist()
+    credit = make([1, 0], [lengths, lengths], flags)
+    advantages = moved(credit, device).advantages().cpu()
+    torch.testing.assert_close(advantages.double(), truth(credit), rtol=1e-6, atol=1e-9)
+    assert len(set(advantages.tolist())) == (4 if len(lengths) > 1 else 2)
 
 
 def test_result_does_not_depend_on_the_order_of_votes_or_on_threads(device):

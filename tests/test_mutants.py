@@ -42,6 +42,11 @@ PRODUCTS = CREDIT + "test_every_reward_with_every_normalisation"
 GOLDEN, CONSTANT = CREDIT + "test_the_golden_vector_of_the_paper", CREDIT + "test_constant_groups_have_advantage_zero"
 BAD_CREDIT = CREDIT + "test_bad_values_are_named"
 FOREIGN = CREDIT + "test_only_minus_one_nought_and_one_are_votes"
+STEPS, CRITIQUE, SCORE, SHAPE = "test_steps.py::", "test_critique.py::", "test_score.py::", "test_shape.py::"
+CONFIG, CHECKPOINT, TRAIN = "test_config.py::", "test_checkpoint.py::", "test_train.py::"
+ORACLE, SAME_STEPS = STEPS + "test_each_token_has_the_step_of_the_table", STEPS + "test_native_equals"
+BAD_SHAPE, DAMAGE = SHAPE + "test_bad_input", CHECKPOINT + "test_damage"
+SPOILED_SAVES = CHECKPOINT + "test_a_save_that_dies or test_a_save_is_on_the_disk"
 
 
 class Mutant(NamedTuple):
@@ -446,6 +451,142 @@ LINEAR = [
     ),
 ]
 
+SEGMENTS = [
+    Mutant(
+        "steps inside characters",
+        STEPS + "test_no_step_begins",
+        "return character_length(byte) > back;",
+        "return false;",
+    ),
+    Mutant("overlong characters", STEPS + "test_what_begins_no", "lead >= 0xC2", "lead >= 0xC0"),
+    Mutant("returns between line ends", ORACLE, "if (after_return) found = 0;", ""),
+    Mutant("steps without limit", SAME_STEPS, "if (num_steps_ == max_steps_) return;", ""),
+]
+
+PARSER = [
+    Mutant(
+        "the form of the answer is an answer",
+        CRITIQUE + "test_a_judge_that_quotes",
+        "if content == _PLACEHOLDER else content",
+        "if False else content",
+    ),
+    Mutant(
+        "reasoning before the answer is read",
+        CRITIQUE + "test_reasoning",
+        "            kept.clear()\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "steps in another prompt's tags",
+        CRITIQUE + "test_step_tags_in",
+        "match[2] not in (None, suffix) or",
+        "False or",
+    ),
+    Mutant(
+        "a forged verdict undoes a list",
+        CRITIQUE + "test_two_verdicts",
+        'and (block is None or trust == "verdict")',
+        "",
+    ),
+    Mutant(
+        "flags before the first step", CRITIQUE + "test_vote_table", "if not 0 <= index < steps:", "if index >= steps:"
+    ),
+    Mutant("agreement of one vote with itself", CRITIQUE + "test_agreement", "(valid >= 2)", "(valid >= 1)"),
+]
+
+STEP_RULES = [
+    Mutant("padded ids are text", STEPS + "test_padded", "        self.special[known:] = True\n", ""),
+    Mutant(
+        "ids without a token are text",
+        STEPS + "test_ids_that_no_token",
+        "special_ids.update(id_ for id_ in range(size) if id_ not in by_id)",
+        "pass",
+    ),
+    Mutant("steps without text after them", ORACLE, "has_content_before and has_content_after", "has_content_before"),
+    Mutant("code is cut", STEPS + "test_fences_are", "if start >= reach:", "if True:"),
+    Mutant(
+        "fences close before they end",
+        STEPS + "test_fences_are",
+        "reach = max(reach, ends[place][1])",
+        "reach = ends[place][1]",
+    ),
+]
+
+TABLES = [
+    Mutant(
+        "responses flow together", SHAPE + "test_all_layouts", "begins[inner[inner < len(positions)]] = True", "pass"
+    ),
+    Mutant(
+        "missing votes are clear",
+        SHAPE + "test_votes_that_are_missing",
+        "[-1] * (width - len(ballots))",
+        "[0] * (width - len(ballots))",
+    ),
+    Mutant("steps that run backwards", BAD_SHAPE, "(pairs[:, 1] < pairs[:, 0]) |", ""),
+]
+
+SCORES = [
+    Mutant("scattered groups are torn", SCORE + "test_small_chunks", "if response.group < first_open:", "if False:"),
+    Mutant("refused twice", SCORE + "test_rows_refused_before", "            index.reset()\n", ""),
+    Mutant(
+        "responses without steps lack critiques",
+        SCORE + "test_the_output_is",
+        "[votes.silent] > 0)",
+        "[votes.silent] >= 0)",
+    ),
+]
+
+SETTINGS = [
+    Mutant(
+        "anchors are read",
+        CONFIG + "test_what_is_no_plain",
+        "isinstance(event, AliasEvent) or event.anchor is not None",
+        "False",
+    ),
+    Mutant(
+        "secrets are saved",
+        CONFIG + "test_secrets",
+        "if _SECRET.search(key):\n        raise",
+        "if False:\n        raise",
+    ),
+    Mutant(
+        "groups of one",
+        CONFIG + "test_where_ranges_end",
+        "group_size: int = Field(default=8, ge=2",
+        "group_size: int = Field(default=8, ge=1",
+    ),
+]
+
+SAVES = [
+    Mutant("links are followed", DAMAGE, "path.is_symlink() or ", ""),
+    Mutant("names lead out of the folder", DAMAGE, "if not plain or", "if"),
+    Mutant(
+        "moments of another run stay", CHECKPOINT + "test_before_the_first", "        optimizer.state.clear()\n", ""
+    ),
+    Mutant(
+        "a name before its contents",
+        SPOILED_SAVES,
+        "        for path in [*temporary.iterdir(), temporary]:\n            _sync(path)\n",
+        "",
+    ),
+    Mutant(
+        "deleted under its name",
+        CHECKPOINT + "test_a_checkpoint_that_is_deleted",
+        "os.replace(checkpoint_path(folder, update), doomed)",
+        "shutil.rmtree(checkpoint_path(folder, update))",
+    ),
+]
+
+UPDATES = [
+    Mutant("updates of NaN", TRAIN + "test_bad_updates", "        if not finite:\n            break\n", ""),
+    Mutant(
+        "idle minibatches decay the weights",
+        TRAIN + "test_nothing_moves",
+        "            idle += 1\n            continue",
+        "            idle += 1\n            optimizer.step()\n            continue",
+    ),
+]
+
 FILES = {
     "csrc/common/policy_loss.h": TOKEN_LOSS,
     "csrc/cpu/policy_loss.cpp": ROW_LOSS,
@@ -456,6 +597,14 @@ FILES = {
     "capo/native.py": CALLS,
     "capo/ops.py": OPS,
     "capo/linear.py": LINEAR,
+    "csrc/text/segment.cpp": SEGMENTS,
+    "capo/steps.py": STEP_RULES,
+    "capo/critique.py": PARSER,
+    "capo/shaping.py": TABLES,
+    "capo/score.py": SCORES,
+    "capo/config.py": SETTINGS,
+    "capo/checkpoint.py": SAVES,
+    "capo/learn.py": UPDATES,
 }
 
 MUTANTS = {f"{Path(file).name}: {mutant.name}": (file, mutant) for file, mutants in FILES.items() for mutant in mutants}
@@ -592,7 +741,8 @@ class Factory:
 
     def run(self, package: Path, file: str, names: str) -> tuple[int, str]:
         """Exit status and output of the tests in a file whose names fit."""
-        names = f"({names}) and cpu-native" if names else "cpu-native"
+        others = "not cpu-torch and not cpu-triton and not cuda"  # what has no device in its name runs, too
+        names = f"({names}) and {others}" if names else others
         arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore", "-k", names, f"tests/{file}"]
         output = package / "output.txt"
         runner = self.runners.get()

@@ -335,6 +335,79 @@ def test_an_instruction_set_that_is_not_there_is_an_error_also_under_auto():
     assert done.returncode == 2 and "error: CAPO_ISA=avx1024" in done.stderr and "Traceback" not in done.stderr
 
 
+FORKS = """
+import os, signal, torch, capo
+from capo import critique
+torch.set_num_threads(4)
+logits, labels = torch.randn(64, 3001), torch.randint(0, 3001, (64,))
+table = capo.TokenBytes([b"a", b".\\n\\n"])
+ids, cu = torch.randint(0, 2, (200_000,)), torch.arange(0, 200_001, 1000)
+
+def work():
+    steps = capo.segment(ids, cu, table)
+    return [capo.logprobs(logits, labels)[0], steps.starts, steps.ends]
+
+before = work()  # threads have run in this process
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(not all(map(torch.equal, work(), before)))
+assert os.waitpid(child, 0)[1] == 0
+assert all(map(torch.equal, work(), before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NATIVE or not hasattr(os, "fork"), reason="no native module or no fork here")
+def test_kernels_run_after_a_fork():
+    run(sys.executable, "-c", FORKS, cwd="/", CAPO_BACKEND="native")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_memory_that_runs_out_is_an_error_and_the_next_call_works():
+    code = """
+import resource, torch, capo
+def step(rows):
+    logits = torch.zeros(rows, 100_000, requires_grad=True)
+    out = capo.policy_loss(logits, torch.zeros(rows, dtype=torch.int64), torch.ones(rows), None, torch.tensor([0, rows]))
+    out.loss.backward()
+    return logits.grad
+expected = step(3)
+big = torch.zeros(2_000, 100_000, requires_grad=True)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000,) * 2)
+try:
+    capo.policy_loss(big, torch.zeros(2_000, dtype=torch.int64), torch.ones(2_000), None, torch.tensor([0, 2_000]))
+except (RuntimeError, MemoryError) as error:
+    assert "allocate" in str(error), error
+else:
+    raise SystemExit("800 MB fitted into 200")
+assert not big.any() and big.grad is None
+assert torch.equal(step(3), expected)
+"""
+    run(sys.executable, "-c", code, cwd="/")
+
+
+@pytest.mark.slow
+def test_two_versions_in_a_process_are_an_error():
+    """The second one cannot register the operators again."""
+    code = """
+import sys, capo, torch
+capo.policy_loss
+for name in [name for name in sys.modules if name.split(".")[0] == "capo"]:
+    del sys.modules[name]
+import capo
+try:
+    capo.policy_loss
+except RuntimeError as error:
+    assert "capo::" in str(error) and "register" in str(error).lower(), error
+else:
+    raise SystemExit("registered twice")
+"""
+    run(sys.executable, "-c", code, cwd="/")
+
+
 def run_tests(*arguments, **env):
     done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, cwd=ROOT, **env)
     assert re.search(r"\d+ passed", done.stdout), done.stdout
@@ -383,6 +456,36 @@ def banned(tree: ast.AST):
                     isinstance(key.value, ast.Constant) and not key.value.value
                 ):
                     yield node, f"{key.arg}=True"
+
+
+def test_the_tests_that_docs_faults_names_are_there():
+    defined = {
+        path.name: set(re.findall(r"^def (\w+)", path.read_text(), re.MULTILINE))
+        for path in (ROOT / "tests").glob("*.py")
+    }
+    everywhere = set().union(*defined.values())
+    named = re.findall(
+        r"`(?:(\w+\.py)(?:::)?)?((?:test|poisoned)_\w+(?:\.\.\.)?)?`", (ROOT / "docs" / "faults.md").read_text()
+    )
+    assert len(named) > 100
+    for file, name in named:
+        there = everywhere if not file else defined[file]
+        prefix = name.removesuffix("...")
+        assert not name or name in there or (prefix != name and any(one.startswith(prefix) for one in there)), (
+            file,
+            name,
+        )
+
+
+def test_no_file_has_marks_of_a_merge():
+    suffixes = {".py", ".md", ".cpp", ".h", ".cu", ".cuh", ".toml", ".yaml", ".txt", ".in", ".csv", ""}
+    for folder in (
+        ROOT,
+        *(ROOT / name for name in (".ci", "benchmarks", "capo", "csrc", "docs", "examples", "kernels", "tests")),
+    ):
+        for path in folder.glob("*") if folder == ROOT else folder.rglob("*"):
+            if path.is_file() and path.suffix in suffixes:
+                assert not re.search(rb"^(<{7}|>{7}) ", path.read_bytes(), re.MULTILINE), path
 
 
 def test_the_bans_are_noticed():

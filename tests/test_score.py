@@ -199,10 +199,17 @@ def test_token_ids_give_what_their_text_gives_and_are_never_encoded():
     assert of_ids.equals(score([GOLDEN], GOLDEN_CRITIQUES, BYTES, delimiter="|").table)
 
 
-def test_where_ids_and_text_differ_the_ids_are_true():
-    row = {"prompt": "p", "responses": [{"id": "a", "text": "no|such|steps", "token_ids": ids("ab|c"), "outcome": 1}]}
-    (only,) = score([row], [], BYTES, delimiter="|").table.to_pylist()
+def test_where_ids_and_text_differ_the_ids_are_true_and_it_is_counted(files):
+    row = {"prompt": "p", "responses": [{"id": "a", "text": "no|such|steps", "token_ids": ids("ab|c"), "outcome": 1},
+                                        {"id": "b", "text": " é|c", "token_ids": [*ids("é|c"), END], "outcome": 1},
+                                        {"id": "c", "text": "é|c", "token_ids": ids("é| c"), "outcome": 0}]}  # fmt: skip
+    table, summary, _ = score([row], [], BYTES, delimiter="|")
+    only, *_ = table.to_pylist()
     assert only["token_ids"] == ids("ab|c") and only["step_ends"] == [2, 4]
+    assert summary.other_text == 2
+    files.write([row], [])
+    assert "ids spell another text │ 2 responses" in files.run().stdout
+    assert score([GOLDEN], [], BYTES, delimiter="|").summary.other_text == 0
 
 
 def test_ids_that_no_text_encodes_to_are_kept():
@@ -431,7 +438,7 @@ def test_the_output_is_bit_for_bit_what_it_was(files, monkeypatch):
             (Path(bad["file"]).name, bad["line"], str(bad["response"]), bad["reason"][:40]) for bad in files.rejected()
         )
         counts = {name: value for name, value in vars(summary).items() if type(value) in (int, dict)}
-        assert not counts.pop("undecided_reasons")
+        assert not counts.pop("undecided_reasons") and not counts.pop("other_text")
         assert summary.bad_rows > 20 and len(summary.parse_failures) == 8 and summary.uncritiqued and summary.undecided
         written = json.dumps([pq.read_table(files.out).to_pylist(), rejected, counts], sort_keys=True)
         assert hashlib.sha256(written.encode()).hexdigest()[:16] == digest, preset
@@ -541,11 +548,26 @@ def test_abstentions_reward_and_punish_nothing():
     assert table["advantages"].equals(score([GOLDEN], [], BYTES, delimiter="|").table["advantages"])
 
 
+def test_a_response_without_steps_needs_no_critiques():
+    row = {
+        "prompt": "p",
+        "responses": [{"text": " ", "outcome": 1}, {"text": "", "outcome": 0}, {"text": "a", "outcome": 0}],
+    }
+    assert score([row], [], BYTES).summary.uncritiqued == 1
+
+
+def test_outcomes_below_zero_are_wrong():
+    row = {"prompt": "p", "responses": [{"text": "a", "outcome": value} for value in (-1, 0, 0.5)]}
+    summary = score([row], [], BYTES).summary
+    assert (summary.right, summary.wrong, summary.undecided) == (1, 2, 0)
+
+
 # ---- rows that cannot be used
 
 BAD = {"prompt": "p", "id": "bad", "text": "ab|c", "outcome": 1}
 BAD_ROWS = {
     "broken": (b'{"prompt": "p", \n', "not valid JSON"),
+    "late-bom": (b'\xef\xbb\xbf{"prompt": "p", "text": "a", "outcome": 1}\n', "not valid JSON"),
     "no-object": (["prompt"], "a row must be an object, got a list"),
     "not-utf-8": (b'{"prompt": "p", "text": "\xff"}\n', "UTF-8"),
     "deep": (b"[" * 100_000 + b"\n", "not valid JSON"),
@@ -618,6 +640,7 @@ BAD_CRITIQUES = {
     "no-id": ({"critiques": []}, "missing key: response_id, or prompt_index and response_index"),
     "half-a-place": ({"prompt_index": 0, "critiques": []}, "missing key"),
     "id-type": ({"response_id": [], "critiques": []}, "response_id must be a string or an integer, got a list"),
+    "place-bool": ({"prompt_index": True, "response_index": 0, "critiques": []}, "must be integers, got a boolean"),
     "place-type": ({"prompt_index": "0", "response_index": 0, "critiques": []}, "must be integers, got a string"),
     "no-critiques": ({"response_id": "c"}, "critiques must be a list, got null"),
     "critiques-type": ({"response_id": "c", "critiques": "Judgment: Yes"}, "critiques must be a list, got a string"),
@@ -658,6 +681,25 @@ def test_bad_critiques_are_named_and_cost_their_response_its_votes_only(files, b
     assert re.search(reason, rejected["reason"])
 
 
+def test_two_rows_of_critiques_of_one_response_leave_it_the_first(files):
+    """Both are known when the response comes, as the response before it has its critiques behind them."""
+    by_place = {"prompt_index": 0, "response_index": 1, "critiques": [{"flagged": [0, 1]}]}
+    files.write(
+        [{**GOLDEN, "responses": GOLDEN["responses"][::-1]}], [GOLDEN_CRITIQUES[0], by_place, GOLDEN_CRITIQUES[1]]
+    )
+    assert files.run().exit_code == 1
+    assert advantages(files.rows()) == GOLDEN_ADVANTAGES
+    (rejected,) = files.rejected()
+    assert (rejected["line"], rejected["reason"]) == (2, "a second row of critiques of response a")
+
+
+@pytest.mark.parametrize("change", [{"num_votes": 0}, {"num_votes": -1}, {"delimiter": ""}])
+def test_wrong_arguments_in_memory_are_named(change):
+    ((name, _),) = change.items()
+    with pytest.raises(InputError, match=name):
+        score([GOLDEN], [], BYTES, **change)
+
+
 def test_records_in_memory_may_be_no_json():
     bad = [{**BAD, "text": "\ud800"}, {**BAD, "id": "\ud800"}, {**BAD, "prompt": "\ud800"}, {**BAD, "prompt": [b"x"]}]
     table, _, rejected = score([*bad, BAD], [], BYTES)
@@ -681,6 +723,20 @@ def test_byte_order_marks_line_ends_and_blank_lines_are_no_matter(files):
     files.write([b"\xef\xbb\xbf" + json.dumps(GOLDEN).encode() + b"\r\n", b"  \r\n"], GOLDEN_CRITIQUES)
     assert files.run().exit_code == 0
     assert advantages(files.rows()) == GOLDEN_ADVANTAGES
+
+
+def test_ten_bad_rows_are_shown_and_all_are_listed(files):
+    files.write([GOLDEN, *[b"{\n"] * 25], GOLDEN_CRITIQUES)
+    result = files.run()
+    assert result.stderr.count("not valid JSON") == 10 and "25 rows were refused" in result.stderr
+    assert len(files.rejected()) == 25
+
+
+def test_numbers_of_any_size_and_nan_in_one_row_are_no_json(files):
+    files.write([GOLDEN, b'{"prompt": "p", "text": "a", "outcome": 1, "x": NaN, "y": ' + b"9" * 400 + b"}\n",
+                 b'{"prompt": "p", "text": "\\ud800", "x": NaN}\n'], GOLDEN_CRITIQUES)  # fmt: skip
+    assert files.run().exit_code == 1
+    assert ["not valid JSON" in bad["reason"] for bad in files.rejected()] == [True, True]
 
 
 def test_a_listing_of_refused_rows_does_not_outlive_them(files):
@@ -758,11 +814,13 @@ USAGE_ERRORS = {
     "out-in-file": ("--out", "{}/tokenizer.json/out.parquet", "is not a directory"),
     "out-is-input": ("--out", "{}/rollouts.jsonl", "would overwrite"),
     "summary-is-out": ("--summary", "{}/shaped.parquet", "would overwrite"),
-    "rule": ("--rule", "cappo", "name must be one of capo"),
-    "vote": ("--vote", "most", "vote must be one of"),
-    "weight": ("--process-weight", "-1", "process_weight must be finite and at least 0"),
+    "rule": ("--rule", "cappo", "--rule must be one of capo"),
+    "vote": ("--vote", "most", "--vote must be one of"),
+    "weight": ("--process-weight", "-1", "--process-weight must be finite and at least 0, got -1.0"),
+    "outcome": ("--outcome-weight", "nan", "--outcome-weight must be finite and at least 0, got nan"),
+    "vocabulary": ("--vocab-size", "3", f"--vocab-size is 3, but there are {VOCABULARY} tokens"),
     "delimiter": ("--delimiter", "", "the delimiter is empty"),
-    "eos": ("--eos-id", "100000", "eos_ids has 100000"),
+    "eos": ("--eos-id", "100000", "--eos-id has 100000"),
     "text": ("--tokenizer", "{}/bytes.tiktoken", "given as text and cannot be encoded: bytes.tiktoken is a tiktoken"),
 }
 
@@ -893,6 +951,17 @@ def test_the_old_output_stays_until_the_new_one_is_whole(files, monkeypatch):
     assert replaced == [files.out] and len(files.rows()) == 2
 
 
+def test_files_are_on_the_disk_before_they_have_their_names(files, monkeypatch):
+    files.write([GOLDEN, b"{\n"], GOLDEN_CRITIQUES)
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("synced"), sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append(Path(paths[1]).name), replace(*paths)))
+    score_file(files.rollouts, files.critiques, BYTES, files.out, delimiter="|", summary=files.folder / "s.json")
+    assert done == ["synced", "s.json", "synced", files.rejects.name, "synced", files.out.name]
+    assert json.loads((files.folder / "s.json").read_text())["seconds"] > 0
+
+
 def test_garbage_collection_is_on_again(files):
     import gc
 
@@ -952,6 +1021,18 @@ def test_ends_are_read_beside_the_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
     assert load_tokenizer(tmp_path / "tokenizer.json").token_bytes.eos.nonzero()[:, 0].tolist() == [0, END]
     assert load_tokenizer(tmp_path, eos_ids=[3]).token_bytes.eos.nonzero()[:, 0].tolist() == [3]
+
+
+def test_a_name_that_is_no_tokenizer_is_shown(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def unknown(name, **options):
+        assert options == {"trust_remote_code": False}
+        raise OSError("cannot connect")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unknown)
+    with pytest.raises(ValueError, match="no tokenizer 'some/model': it is no file or folder here.*cannot connect"):
+        load_tokenizer("some/model")
 
 
 def test_tokenizers_of_transformers():

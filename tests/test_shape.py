@@ -95,6 +95,13 @@ def test_votes_come_in_many_forms(votes):
     assert [row.tolist() for row in rows] == list(map(list, GOLDEN))
 
 
+def test_votes_that_are_missing_abstain():
+    """One vote of two on the second step: a clear one in its place would make it a tie, which is no strict majority."""
+    rule = capo.CreditRule(vote="strict_majority")
+    rows = capo.shape([1, 0], [[[0, 0], [1]], None], groups=2, steps=RANGES, token_ids=[[0] * 4, [0] * 6], rule=rule)
+    assert [row.tolist() for row in rows] == list(map(list, GOLDEN))
+
+
 def test_without_votes_the_outcomes_alone_count():
     rows = capo.shape([1, 0], None, groups=2, steps=RANGES, token_ids=[[0] * 4, [0] * 6])
     silent = capo.shape([1, 0], [[None, None], []], groups=2, steps=RANGES, token_ids=[[0] * 4, [0] * 6])
@@ -189,9 +196,17 @@ PADDED = torch.zeros(2, 6, dtype=torch.int64)
         ({"outcomes": [1]}, r"outcomes must have one entry for each of 2 rows, got \[1\]"),
         ({"outcomes": [1, math.inf]}, "credit: outcome inf of response 1"),
         ({"groups": 3}, "groups=3 responses per prompt do not divide 2 rows"),
+        ({"groups": 0}, "groups=0 responses per prompt do not divide 2 rows"),
+        ({"groups": -1}, "groups=-1 responses per prompt do not divide 2 rows"),
+        ({"groups": True}, "groups must be a number of responses or one id for each row, got True"),
+        ({"groups": 2.0}, "groups must be a number of responses or one id for each row, got 2.0"),
         ({"groups": [1]}, r"groups must have one id for each of 2 rows, got \[1\]"),
         ({"steps": None}, "give either steps or token_bytes"),
         ({"token_bytes": TOKEN_BYTES}, "give either steps or token_bytes"),
+        ({"steps": None, "token_ids": None, "mask": PADDED, "token_bytes": TOKEN_BYTES}, "token_bytes needs token_ids"),
+        ({"steps": capo.Steps(*[torch.tensor([0, 2])] * 3)}, "steps are of 1 responses, but there are 2 rows"),
+        ({"steps": [[(0, 2), (4, 2)], [(0, 3), (3, 6)]]}, r"a step of row 0 is \(4, 2\), but the row has positions"),
+        ({"steps": [[(-1, 2), (2, 4)], [(0, 3), (3, 6)]]}, r"a step of row 0 is \(-1, 2\)"),
         ({"steps": [[(0, 2)]]}, "steps has 1 entries, but there are 2 rows"),
         ({"steps": [[0, 2], [3]]}, r"steps must be lists of \(start, end\) positions"),
         ({"steps": [[(0, 2), (2, 5)], [(0, 3), (3, 6)]]}, r"a step of row 0 is \(2, 5\), but the row has positions 0 to 4"),
@@ -200,6 +215,8 @@ PADDED = torch.zeros(2, 6, dtype=torch.int64)
         ({"votes": [[0, 1], [0]]}, "votes of response 1 are for 1 steps, but it has 2"),
         ({"votes": [[0, 1], [0, 2]]}, "votes of response 1 must be -1, 0 or 1, got 2"),
         ({"votes": torch.zeros(3, 1)}, r"votes must be integer \[4\] or \[4, K\]"),
+        ({"votes": torch.tensor([0.0, 1.0, 0.0, 0.0])}, r"votes must be integer \[4\] or .* got torch.float32 \[4\]"),
+        ({"votes": torch.zeros(1, 2, 2, dtype=torch.int8)}, r"votes must be integer \[4\]"),
         ({"votes": torch.tensor([0, 1, 0, 300])}, "votes must be -1, 0 or 1, got 300"),
         ({"votes": [[Critique(False, (2,))], []]}, "response 0 has 2 steps, but step 2 is flagged"),
         ({"rule": "ppo"}, "CreditRule.preset: name must be one of"),

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import capo
 from capo import steps as steps_module
-from capo.steps import Steps, TokenBytes, _Delimiter, _segment_reference, segment, step_texts, truncated
+from capo.steps import OutsideFences, Steps, TokenBytes, _Delimiter, _segment_reference, segment, step_texts, truncated
 
 needs_native = pytest.mark.skipif(steps_module._native is None, reason="built without the native module")
 
@@ -325,6 +325,57 @@ def test_delimiters(delimiter, pieces, expected):
     check(SIMPLE, ids_of(SIMPLE, pieces), expected, delimiter)
 
 
+BACKTICKS = "```"
+
+
+@pytest.mark.parametrize(
+    ("parts", "delimiter"),
+    [
+        (["Code:", f"\n\n{BACKTICKS}py\nx = 1\n\nStep 3: y = 2\n{BACKTICKS}", "\n\nDone."], "\n\n"),
+        (["a", f"\n\n  ~~~\nx\n\n{BACKTICKS}\n\ny\n~~~~ ", "\n\nb"], "\n\n"),  # tildes are closed by tildes
+        (["a", f"\n\n{BACKTICKS}`\nx\n\n{BACKTICKS}\n\ny\n{BACKTICKS}`", "\n\nb"], "\n\n"),  # four by four
+        (["a", f"\n\n{BACKTICKS}\nx", "\n\ny"], "\n\n"),  # never closed
+        (["a", f"\n\n{BACKTICKS}\nx", f"\n\n{BACKTICKS}py", "\n\n~~~\ny", "\n\n~~~"], "\n\n"),
+        (["a", f"\n\n    {BACKTICKS}\nx", f"\n\n    {BACKTICKS}"], "\n\n"),  # an indented line is no fence
+        (["a", f"\n\nin `{BACKTICKS}` line", f"\n\n`{BACKTICKS}` b"], "\n\n"),
+        (["a", f"\n\n{BACKTICKS}x{BACKTICKS} is code", f"\n\nb\n{BACKTICKS}"], "\n\n"),
+        (["So", "\n\n\\begin{align*}\na\n\nb\n\\end{align*}", "\n\nc"], "\n\n"),
+        (["\\begin{a}\\begin{b}\n\nx\n\n\\end{b}\n\ny\\end{a}", "\n\nz"], "\n\n"),
+        (["\\begin{a}\\begin{b}\n\nx\n\n\\end{b}", "\n\ny"], "\n\n"),  # the outer one is never closed
+        (["\\begin{a}", "\n\nx\\end{b}", "\n\ny"], "\n\n"),
+        (["a", f"##\n{BACKTICKS}\nx##y\n{BACKTICKS}\n", "##b"], "##"),
+        (["a", f"\n{BACKTICKS}\nx\n答\r\n{BACKTICKS}", "\nb"], re.compile(r"\n")),
+    ],
+)  # fmt: skip
+def test_fences_are_not_cut(parts, delimiter, qwen):
+    text = "".join(parts)
+    ids = ids_of(qwen, [bytes([byte]) for byte in text.encode()])
+    fences = OutsideFences(delimiter)
+    steps = segment(*batch(ids), qwen, fences)
+    assert step_texts(torch.tensor(ids), steps, qwen) == [parts]
+    assert ranges(steps) == ranges(reference(*batch(ids), qwen, fences))
+
+
+def test_without_fences_in_the_text_the_steps_are_the_same():
+    ids, cu = random_batch(60, 40)
+    for delimiter in ("\n\n", "##", re.compile(r"\n+")):
+        assert ranges(segment(ids, cu, SIMPLE, OutsideFences(delimiter))) == ranges(segment(ids, cu, SIMPLE, delimiter))
+    with pytest.raises(ValueError, match="delimiter must be"):
+        segment(ids, cu, SIMPLE, OutsideFences(""))
+
+
+@pytest.mark.parametrize(
+    "line", [f"{BACKTICKS}a\n", f"{BACKTICKS}\n\n", "~~~\n```\n", "\\begin{a}\n\n", "\\end{a}", "`" * 1000 + "\n"]
+)
+def test_fences_take_linear_time(line):
+    text = (line * 200_000)[:200_000].encode()
+    table = TokenBytes([bytes([byte]) for byte in range(256)])
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).int()
+    begin = time.process_time()
+    segment(ids, torch.tensor([0, len(ids)]), table, OutsideFences())
+    assert time.process_time() - begin < 2
+
+
 @pytest.mark.parametrize("delimiter", ["", b"", None, 3, ["\n"]])
 def test_delimiter_of_another_type_is_named(delimiter):
     with pytest.raises(ValueError, match="delimiter must be"):
@@ -430,6 +481,63 @@ def inside_character(text: bytes, position: int) -> bool:
     return False
 
 
+@settings(max_examples=600, deadline=None)
+@given(problems())
+def test_native_equals_reference_bit_for_bit(problem):
+    table, responses, delimiter, max_steps = problem
+    for dtype in (torch.int32, torch.int64):
+        ids, cu = batch(*responses, dtype=dtype)
+        actual = segment(ids, cu.to(dtype), table, delimiter, max_steps=max_steps)
+        assert ranges(actual) == ranges(reference(ids, cu, table, delimiter, max_steps))
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_steps_partition_the_response(problem):
+    table, responses, delimiter, max_steps = problem
+    ids, cu = batch(*responses)
+    steps = segment(ids, cu, table, delimiter, max_steps=max_steps)
+    starts, ends, cu_steps = ranges(steps)
+    assert len(cu_steps) == len(responses) + 1 and cu_steps[-1] == len(starts)
+    for i, tokens in enumerate(responses):
+        first, last = cu[i].item(), cu[i + 1].item()
+        mine = list(zip(starts[cu_steps[i] : cu_steps[i + 1]], ends[cu_steps[i] : cu_steps[i + 1]], strict=True))
+        assert max_steps is None or len(mine) <= max_steps
+        edges = [edge for step in mine for edge in step]
+        assert edges == sorted(edges) and all(start < end for start, end in mine)
+        assert all(first <= edge <= last for edge in edges)
+        text = table.join(tokens)
+        assert text == b"".join(table[id_] for id_ in tokens)
+        covered = {token for start, end in mine for token in range(start, end)}
+        for start, end in mine:
+            own = tokens[start - first : end - first]
+            assert table.join(own).strip(b" \t\n\v\f\r")
+            specials = [position for position, id_ in enumerate(own) if table.special[id_]]
+            assert specials in ([], [len(own) - 1]) and all(table.eos[own[p]] for p in specials)
+            after_special = start == first or table.special[tokens[start - first - 1]]
+            assert after_special or not inside_character(text, len(table.join(tokens[: start - first])))
+        if max_steps is None:
+            # What has no step is special, or lies between special tokens with nothing but blanks and delimiters.
+            rest = [id_ for t, id_ in enumerate(tokens, first) if t not in covered and not table.special[id_]]
+            left = table.join(rest)
+            if delimiter in ("\n\n", "\n", "\n\n\n"):
+                assert not left.strip(b" \t\n\v\f\r")
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_a_batch_is_each_response_alone(problem):
+    table, responses, delimiter, max_steps = problem
+    together = segment(*batch(*responses), table, delimiter, max_steps=max_steps)
+    first_token = 0
+    for i, tokens in enumerate(responses):
+        alone = segment(*batch(tokens), table, delimiter, max_steps=max_steps)
+        mine = slice(together.cu_steps[i], together.cu_steps[i + 1])
+        assert torch.equal(together.starts[mine], alone.starts + first_token)
+        assert torch.equal(together.ends[mine], alone.ends + first_token)
+        first_token += len(tokens)
+
+
 QWEN_LINE_ENDS_AND_EOS = [198, 271, 382, 1406, 26809, 319, 151645, 151643]
 
 
@@ -461,8 +569,10 @@ def random_batch(num_responses: int, length: int) -> tuple[torch.Tensor, torch.T
 @needs_native
 def test_thread_count_does_not_matter():
     ids, cu = random_batch(3000, 400)
-    expected = ranges(reference(ids, cu, SIMPLE))
-    for num_threads in (1, 2, 3, 16):
+    expected = ranges(segment(ids, cu, SIMPLE, num_threads=1))
+    first = cu[:201]
+    assert ranges(reference(ids[: first[-1]], first, SIMPLE))[0] == expected[0][: expected[2][200]]
+    for num_threads in (2, 3, 16):
         assert ranges(segment(ids, cu, SIMPLE, num_threads=num_threads)) == expected
     with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
         segment(ids, cu, SIMPLE, num_threads=0)
@@ -753,6 +863,55 @@ class SlowTokenizer(PreTrainedTokenizer):
         return list(text)
 
 
+def test_ids_that_no_token_has_are_special():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({char: id_ + 10 * (id_ >= 100) for id_, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    table = TokenBytes.from_tokenizer(backend)
+    assert len(table) == 266 and table.special.nonzero().flatten().tolist() == list(range(100, 110))
+    a, b = (backend.token_to_id(char) for char in "ab")
+    check(table, [a, 105, b], "0.1")
+
+
+def test_tokens_that_a_tokenizer_calls_special_are_special():
+    """What only transformers knows: a token of the vocabulary that is named as padding."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer(), eos_token="<|end|>", pad_token="b")
+    table = TokenBytes.from_tokenizer(tokenizer)
+    assert table.special[tokenizer.convert_tokens_to_ids("b")]
+
+
+def test_added_tokens_of_sentencepiece_vocabularies_are_decoded():
+    backend = sentencepiece_tokenizer()
+    backend.add_tokens([AddedToken("▁word", normalized=False)])
+    table = TokenBytes.from_tokenizer(backend)
+    assert table[backend.token_to_id("▁word")] == b" word"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (torch.tensor([0, 2]), torch.tensor([2]), torch.tensor([0, 2])),
+            r"starts \[2\] and ends \[1\] differ in length",
+        ),
+        (
+            (torch.tensor([0]), torch.tensor([2]), torch.tensor([], dtype=torch.int64)),
+            "cu_steps is empty; for B responses",
+        ),
+        (
+            (torch.tensor([0.0]), torch.tensor([2]), torch.tensor([0, 1])),
+            r"starts must be a 1-D .* got torch.float32 \[1\]",
+        ),
+        ((torch.tensor([0]), [2], torch.tensor([0, 1])), "ends must be a 1-D int32 or int64 tensor, got list"),
+        ((torch.tensor([0]), torch.tensor([2]), torch.tensor([[0, 1]])), r"cu_steps must be a 1-D"),
+    ],
+)
+def test_wrong_steps_are_named(arguments, message):
+    with pytest.raises(ValueError, match=f"Steps: {message}"):
+        Steps(*arguments)
+
+
 @pytest.mark.parametrize("tokenizer", [SlowTokenizer(), object(), None], ids=["slow", "object", "None"])
 def test_tokenizers_without_byte_mapping_are_refused_with_advice(tokenizer):
     with pytest.raises(
@@ -771,6 +930,7 @@ def test_tokenizers_without_byte_mapping_are_refused_with_advice(tokenizer):
         decoders.Fuse(),
         decoders.Sequence([decoders.ByteFallback(), decoders.Strip(" ", 1, 0)]),
         decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 0, 1)]),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Strip(" ", 1, 0), decoders.Fuse()]),  # of every token
     ],
     ids=repr,
 )
@@ -856,4 +1016,9 @@ def test_wrong_tiktoken_line_is_named(tmp_path, line):
 
 
 def test_names_are_public():
-    assert capo.segment is segment and capo.TokenBytes is TokenBytes and capo.Steps is Steps
+    assert (
+        capo.OutsideFences is OutsideFences
+        and capo.segment is segment
+        and capo.TokenBytes is TokenBytes
+        and capo.Steps is Steps
+    )

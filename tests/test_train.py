@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from capo import checkpoint, cli, rundir
 from capo.config import load_config
 from capo.data import ArithmeticTask
 from capo.errors import UsageError
+from capo.judges import JudgeError, JudgeReply
 from capo.judges.scripted import ScriptedJudge
 from capo.learn import Batch, accumulate, learn, minibatches, response_logprobs
 from capo.metrics import MetricsLog, outcome_metrics, read_metrics
@@ -110,7 +112,7 @@ def test_training_raises_accuracy(tmp_path):
 def test_every_method_runs(tmp_path, method):
     result = run(small(tmp_path, f"method={method}", "updates=1"))
     (_, row) = read_metrics(result.run_dir / "metrics.jsonl")
-    assert row["step"] == 1 and row["entropy"] > 0 and row["capo/bad_updates"] == 0
+    assert row["step"] == 1 and row["entropy"] > 0 and row["capo/bad_updates"] == 0 and "kl" not in row
 
 
 def test_metrics_are_valid_json_with_the_usual_names(tmp_path):
@@ -174,7 +176,8 @@ LOSSES = {
     "token_mean": ("loss.reduce=token_mean",),
     "constant": ("loss.reduce=constant", "loss.constant=100.0"),
     "sequence ratio": ("loss.ratio=sequence",),
-    "kl and entropy": ("loss.kl_coef=0.1", "loss.entropy_coef=0.01"),
+    "kl": ("loss.kl_coef=0.1",),
+    "entropy": ("loss.entropy_coef=0.01",),
 }
 
 
@@ -253,6 +256,46 @@ def test_minibatches_and_epochs_are_optimiser_steps(tmp_path):
     assert steps == {9} and metrics["capo/idle_minibatches"] == 3  # the third group of four is dead
 
 
+def test_gradients_are_scaled_down_to_the_norm(tmp_path):
+    moved = []
+    for norm in (1e-3, 1e6):
+        config = small(tmp_path, f"max_grad_norm={norm}", "minibatches=1")
+        model, batch = batch_of(config, prompts=4)
+        before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+        metrics, _ = learn(model, torch.optim.SGD(model.parameters(), lr=1.0), batch, config)
+        after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        moved.append((after - before).norm().item())
+    assert moved[0] == pytest.approx(1e-3, rel=1e-2)
+    assert moved[1] == pytest.approx(metrics["grad_norm"], rel=1e-3) and moved[1] > 0.01
+
+
+def test_a_bad_minibatch_ends_its_update(tmp_path, monkeypatch):
+    original, calls = capo.policy_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        output = original(*args, **kwargs)
+        return output._replace(loss=output.loss * math.nan)
+
+    monkeypatch.setattr(capo, "policy_loss", broken)
+    config = small(tmp_path, "minibatches=4")
+    model, batch = batch_of(config, prompts=4)
+    _, finite = learn(model, torch.optim.AdamW(model.parameters()), batch, config)
+    assert not finite and len(calls) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_logprobs_are_those_of_the_temperature(tmp_path, temperature):
+    config = small(tmp_path, f"temperature={temperature}")
+    model, batch = batch_of(config)
+    logprobs, _ = response_logprobs(model, batch.rollouts, config)
+    logits = response_logits(model, batch.rollouts).detach() / temperature
+    expected = logits.log_softmax(-1).gather(1, batch.rollouts.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    result = run(small(tmp_path, f"temperature={temperature}", "updates=1"))
+    assert read_metrics(result.run_dir / "metrics.jsonl")[1]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
 def test_learning_rate_warms_up_and_stays(tmp_path):
     result = run(small(tmp_path, "warmup=2", "learning_rate=0.01"))
     rates = [row["learning_rate"] for row in read_metrics(result.run_dir / "metrics.jsonl")[1:]]
@@ -289,18 +332,16 @@ def test_penalty_of_zero_is_the_outcome_only_rule_bit_for_bit(tmp_path):
 # ---- resume, stop, fail
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_resume_is_bitwise_the_run_without_interruption(tmp_path, kl_coef):
+@pytest.mark.parametrize(("kl_coef", "stops"), [(0.0, (2, 5)), (0.1, (1, 2, 4, 5))])
+def test_resume_is_bitwise_the_run_without_interruption(tmp_path, kl_coef, stops):
     options = (f"loss.kl_coef={kl_coef}", "warmup=3", "weight_decay=0.01", "judge.failed=0.1")
     whole = run(small(tmp_path, *options, "updates=5", name="whole"))
-    for stops in ((2, 5), (1, 2, 4, 5)):
-        name = f"parts{len(stops)}"
-        for number, updates in enumerate(stops):
-            result = run(small(tmp_path, *options, f"updates={updates}", name=name), resume=number > 0)
-        (one, rows), (other, other_rows) = contents(whole), contents(result)
-        assert len(one) > 10 and same(one, other)
-        assert rows == other_rows
-        assert (result.before, result.after) == (whole.before, whole.after)
+    for number, updates in enumerate(stops):
+        result = run(small(tmp_path, *options, f"updates={updates}", name="parts"), resume=number > 0)
+    (one, rows), (other, other_rows) = contents(whole), contents(result)
+    assert len(one) > 10 and same(one, other)
+    assert rows == other_rows
+    assert (result.before, result.after) == (whole.before, whole.after)
 
 
 @pytest.mark.parametrize("where", ["verify", "learn", "accuracy"])
@@ -393,7 +434,7 @@ def test_a_signal_in_the_warm_start_ends_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "loss alone", "gradient"])
 def test_bad_updates_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch, bad, what):
     original, after = capo.policy_loss, {"calls": 0}
 
@@ -404,6 +445,8 @@ def test_bad_updates_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch, 
             return output
         if what == "loss":
             return output._replace(loss=output.loss * bad)
+        if what == "loss alone":
+            return output._replace(loss=output.loss + bad)
         output.loss.register_hook(lambda gradient: gradient * bad)
         return output
 
@@ -516,11 +559,127 @@ def test_odd_folder_names(tmp_path):
     assert run(small(tmp_path, "updates=1", name="a b/ünï {method}")).run_dir.name == "ünï capo"
 
 
-def test_cuda_is_refused_where_there_is_none(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(UsageError, match="PyTorch sees no GPU"):
-        run(small(tmp_path, "device=cuda"))
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """The warm start, the first evaluation and the first update fail the test."""
+
+    def ran(*args, **kwargs):
+        pytest.fail("the run has begun")
+
+    for name in ("warm_start", "load_warm_start", "accuracy", "learn", "verify"):
+        monkeypatch.setattr(capo.train, name, ran)
+
+
+JUDGE = ("judge.kind=transformers", f"judge.transformers.path={Path(__file__).parent}")  # a folder without a model
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("device=cuda",), "device=cuda, but PyTorch sees no GPU; choose device=cpu"),
+        ((*JUDGE, "judge.transformers.device=cuda:1"), "judge.transformers.device=cuda:1, but PyTorch sees no GPU"),
+        (JUDGE, "judge.transformers: "),
+        (("judge.kind=openai", "judge.openai.url=http://localhost:1/v1", "judge.openai.model=m",
+          "judge.openai.api_key_env=CAPO_NO_KEY"), "judge.openai: .*CAPO_NO_KEY"),
+        (("rollout.engine=vllm",), "rollout.engine=vllm: vLLM: not installed"),
+        (("rollout.context=5",), "rollout.engine=transformers: .*max_new_tokens=15 .* a context of 5"),
+        (("rollout.context=10000",), "rollout.engine=transformers: .*context=10000, but the model has"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_before_anything_runs(
+    tmp_path, monkeypatch, nothing_runs, overrides, says
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("capo.rollout_vllm.vllm_why_not", lambda: "not installed")
+    monkeypatch.delenv("CAPO_NO_KEY", raising=False)
+    with pytest.raises(UsageError, match=says):
+        run(small(tmp_path, *overrides))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [capo.train._device("d", name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda",
+        "cuda",
+        "cuda:1",
+        "cpu",
+    ]
+    with pytest.raises(UsageError, match=r"d=cuda:2, but PyTorch sees 2 GPUs; choose d=cpu"):
+        capo.train._device("d", "cuda:2")
+
+
+@pytest.mark.parametrize("setting", ["output", "warm_start.cache"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, nothing_runs, setting):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=rf"{setting}=.*file/a: cannot write there: Not a directory; choose another"):
+        run(small(tmp_path, f"{setting}={tmp_path / 'file' / 'a'}"))
+
+
+def test_a_folder_without_room_is_refused_before_anything_runs(tmp_path, monkeypatch, nothing_runs):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(UsageError, match="output=.*run: cannot write there: No space left on device"):
+        run(small(tmp_path))
+
+
+class Model:
+    """A judge in place of a model: replies in one state."""
+
+    def __init__(self, reply):
+        self.reply, self.asked = reply, []
+
+    def critique(self, requests, num_votes, first=0):
+        self.asked.append((len(requests), num_votes))
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return [[self.reply] * num_votes for _ in requests]
+
+
+@pytest.mark.parametrize(
+    "reply", [JudgeReply.failure("connection"), JudgeReply.failure("prompt_too_long"), JudgeError("connection is gone")]
+)
+def test_a_judge_that_does_not_reply_stops_the_run_before_anything_runs(tmp_path, monkeypatch, nothing_runs, reply):
+    judge = Model(reply)
+    monkeypatch.setattr(capo.train, "make_judge", lambda *args: judge)
+    with pytest.raises(UsageError, match=r"judge.kind=transformers: .*(connection|prompt_too_long)"):
+        run(small(tmp_path, *JUDGE))
+    assert judge.asked == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    "overrides", [("method=grpo",), ("credit.process_weight=0",), ("method=opo", "judge.num_votes=0")]
+)
+def test_a_judge_that_is_not_needed_is_not_asked(tmp_path, monkeypatch, overrides):
+    judge = Model(JudgeError("asked"))
+    monkeypatch.setattr(capo.train, "make_judge", lambda *args: judge)
+    assert run(small(tmp_path, *JUDGE, *overrides, "updates=1")).update == 1
+
+
+def test_a_judge_that_replies_nonsense_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(capo.train, "make_judge", lambda *args: Model(JudgeReply.read("what?", 1, None)))
+    result = run(small(tmp_path, *JUDGE, "updates=1"))
+    (_, row) = read_metrics(result.run_dir / "metrics.jsonl")
+    assert row["capo/critiques/invalid"] > 0 and row["capo/critiques/valid"] == 0
+
+
+def test_an_update_in_which_nothing_is_decided_moves_nothing(tmp_path, monkeypatch):
+    class Undecided(Verifier):
+        def verify(self, responses, answers):
+            return [Outcome.UNDECIDED] * len(responses)
+
+    monkeypatch.setattr(capo.train, "Verifier", Undecided)
+    # No response is cut off: that alone would make it wrong.
+    Changed(lambda part: dataclasses.replace(part, truncated=torch.zeros_like(part.truncated)), monkeypatch)
+    result = run(small(tmp_path, "updates=2", "weight_decay=0.5"))
+    rows = read_metrics(result.run_dir / "metrics.jsonl")[1:]
+    assert [row["capo/idle_minibatches"] for row in rows] == [2, 2] and not any("reward" in row for row in rows)
+    assert [row["capo/undecided"] for row in rows] == [16, 16]
+    assert same(contents(result, 0)[0], contents(result, 2)[0])
 
 
 # ---- verifier and judge
@@ -552,6 +711,8 @@ def test_outcome_metrics_by_hand():
     assert metrics["reward"] == pytest.approx(4 / 5) and metrics["capo/undecided"] == 4
     assert metrics["reward_std"] == pytest.approx((math.sqrt(0.5) + 0) / 2)
     assert metrics["frac_reward_zero_std"] == 0.5
+    close = outcome_metrics(torch.tensor([1.0, 1.0 - 2**-20, 0.0, 0.0]), torch.arange(4) // 2)
+    assert close["frac_reward_zero_std"] == 0.5  # exactly 0, not nearly
     assert outcome_metrics(torch.tensor([nan, nan]), torch.zeros(2, dtype=torch.int64))["reward"] is None
 
 
@@ -623,6 +784,34 @@ def test_command_line(tmp_path, monkeypatch):
     damaged.unlink()
     done = CliRunner().invoke(cli.app, ["train", str(path), "updates=9", "--resume"])
     assert done.exit_code == 1 and "optimizer.safetensors is missing" in done.output
+
+
+def test_the_process_works_the_same_in_a_bare_environment(tmp_path):
+    config = small(tmp_path, "updates=2", "threads=1")
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    bare = {"LANG": "C", "LC_ALL": "C", "PYTHONOPTIMIZE": "1", "PYTHONHASHSEED": "7", "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-m", "capo.cli", "train", str(path)], check=False, capture_output=True, text=True, timeout=120,
+        env={**os.environ, **bare}, stdin=subprocess.DEVNULL, close_fds=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    here = run(small(tmp_path, "updates=2", "threads=1", name="here"))
+    (one, rows), (other, other_rows) = contents(here), contents(here._replace(run_dir=tmp_path / "run"))
+    assert same(one, other) and rows == other_rows
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(small(tmp_path).to_yaml())
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "capo.cli", "train", str(path), "--dry-run"], stdout=write, check=False,
+        stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == ""
 
 
 class Changed:
@@ -706,7 +895,7 @@ def test_judging_beside_sampling_gives_what_one_after_the_other_gives(tmp_path, 
 
         __enter__ = __exit__ = lambda self, *_: self
 
-    overrides = "rollout.chunks=4", "judge.invalid=0.2", "loss.kl_coef=0.1"
+    overrides = "rollout.chunks=4", "judge.invalid=0.2", "loss.kl_coef=0.1", "updates=2"
     beside = contents(run(small(tmp_path, *overrides, name="beside")))
     monkeypatch.setattr(capo.train, "ThreadPoolExecutor", Now)
     after = contents(run(small(tmp_path, *overrides, name="after")))
