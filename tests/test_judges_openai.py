@@ -494,6 +494,12 @@ def test_addresses():
         ("http://judge.internal/v1", "allow_http"),
         ("http://169.254.169.254/latest", "link-local"),
         ("https://[fe80::1]/v1", "link-local"),
+        ("https://[::ffff:169.254.169.254]/v1", "link-local"),
+        ("https://[fd00:ec2::254]/v1", "metadata"),
+        ("https://100.100.100.200/v1", "metadata"),
+        ("http://0.0.0.0:8000/v1", "unspecified"),
+        ("https://224.0.0.1/v1", "multicast"),
+        ("http://2130706433/v1", "allow_http"),
         (f"https://user:{CANARY}@api.example.com/v1", "no user"),
         (f"https://api.example.com/v1?key={CANARY}", "query"),
         ("file:///etc/passwd", "http or https"),
@@ -504,6 +510,47 @@ def test_addresses():
         with pytest.raises(ValueError, match=message) as caught:
             check_url(bad, allow_http=False)
         assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url, places, message",
+    [
+        (
+            "http://judge.internal",
+            ["127.0.0.1", "169.254.169.254"],
+            "'judge.internal' was looked up to 169.254.169.254",
+        ),
+        ("http://judge.internal", ["127.0.0.1", "::ffff:169.254.169.254"], "link-local"),
+        ("http://judge.internal", ["127.0.0.1", "fd00:ec2::254"], "metadata"),
+        ("http://judge.internal", ["127.0.0.1", "0.0.0.0"], "unspecified"),
+        ("http://judge.localhost", ["127.0.0.1", "10.0.0.7"], "foreign"),
+    ],
+)
+def test_a_name_that_comes_to_stand_for_another_place_is_not_followed(url, places, message, monkeypatch):
+    """DNS rebinding: the first connection is let through, the second is not made."""
+    looked_up = []
+
+    def getaddrinfo(host, port, *rest, **options):
+        looked_up.append(host)
+        place = places[min(len(looked_up), len(places)) - 1]
+        family = socket.AF_INET6 if ":" in place else socket.AF_INET
+        return [(family, socket.SOCK_STREAM, 6, "", (place, port, 0, 0) if ":" in place else (place, port))]
+
+    with FakeServer() as server:
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        judge = OpenAIJudge(f"{url}:{server.port}/v1", "m", limits=QUICK, allow_http="internal" in url)
+        with closing(judge):
+            assert judge.critique([WRONG], 1)[0][0].state == "valid"
+            judge.close()  # as the server would, by and by
+            with pytest.raises(JudgeError, match=message):
+                judge.critique([make_request(1)], 1)
+        assert len(looked_up) == 2 and len(server.requests) == 1
+
+
+def test_a_number_for_a_name_is_an_address():
+    judge = OpenAIJudge("http://2852039166:8000/v1", "m", limits=QUICK, allow_http=True)
+    with closing(judge), pytest.raises(JudgeError, match=r"169\.254\.169\.254, a link-local address"):
+        judge.critique([WRONG], 1)
 
 
 def test_proxies_of_the_environment_are_used_only_when_asked_for(monkeypatch):
