@@ -9,7 +9,9 @@ import gc
 import logging
 import os
 import random
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -239,6 +241,48 @@ def test_what_is_no_tls_is_a_connection_fault():
             [[reply]] = judge.critique([WRONG], 1)
             assert (reply.state, reply.error) == ("failed", "connection")
             assert judge.counts["attempts"] == 2
+
+
+def test_a_name_that_does_not_exist_is_a_connection_fault(monkeypatch):
+    def getaddrinfo(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with closing(OpenAIJudge("https://judge.invalid/v1", "m", limits=QUICK, max_failure_rate=1)) as judge:
+        [[reply]] = judge.critique([WRONG], 1)
+        assert (reply.state, reply.error) == ("failed", "connection")
+        assert judge.counts["attempts"] == 4
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_vouches_for_gets_neither_prompt_nor_key(tmp_path, monkeypatch):
+    files = [str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", files[0], "-out", files[1]], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[1], files[0])
+    received = []
+
+    def serve(listener):
+        while True:
+            try:
+                connection, _ = listener.accept()
+                received.append(context.wrap_socket(connection, server_side=True).recv(4096))
+            except ssl.SSLError:
+                received.append("refused")
+            except OSError:
+                return
+
+    monkeypatch.setenv("JUDGE_KEY", CANARY)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=[listener], daemon=True).start()
+        url = f"https://localhost:{listener.getsockname()[1]}/v1"
+        limits = dataclasses.replace(QUICK, retries=1)
+        with closing(OpenAIJudge(url, "m", limits=limits, max_failure_rate=1, api_key_env="JUDGE_KEY")) as judge:
+            [[reply]] = judge.critique([WRONG], 1)
+            assert (reply.state, reply.error) == ("failed", "connection")
+        listener.shutdown(socket.SHUT_RDWR)
+    assert received and set(received) <= {"refused", b""}
 
 
 def test_fields_can_be_added_and_left_out():

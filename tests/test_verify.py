@@ -1015,6 +1015,17 @@ def test_a_wrong_verdict_at_the_start_is_an_error(monkeypatch):
             verifier.verify([boxed("x")], ["x+1"])
 
 
+def test_nothing_is_trained_with_a_broken_verifier(monkeypatch, tmp_path):
+    """Not by an error that a run could come over: nothing is sampled, nothing saved."""
+    from capo.config import load_config
+    from capo.train import train
+
+    monkeypatch.setattr(capo.verify, "read", lambda written, max_digits: None)
+    with pytest.raises(VerifierError, match="self-test failed"):
+        train(load_config(None, [f"output={tmp_path / 'run'}"]))
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"lock"}
+
+
 @needs_math_verify
 def test_a_process_that_does_not_start_is_an_error(monkeypatch, tmp_path):
     import capo.verify_pool
