@@ -267,6 +267,9 @@ class TrainConfig(_Section):
     max_bad_updates: int = Field(
         default=3, ge=1, le=1000, description="abort after so many NaN or Inf updates in a row"
     )
+    max_undecided: float = Field(
+        default=0.2, ge=0, le=1, description="stop if a larger share of an update's outcomes is undecided; 1: never"
+    )
     eval_every: int = Field(default=5, ge=1, le=1_000_000, description="updates between evaluations; also the last one")
     save_every: int = Field(
         default=20, ge=1, le=1_000_000, description="updates between checkpoints; also the last one"

@@ -16,7 +16,7 @@ from capo.config import TrainConfig, differing_keys, load_config
 from capo.errors import UsageError
 
 # What may change between a run and its continuation without making it another run.
-MAY_CHANGE = {"output", "updates", "eval_every", "save_every", "keep_checkpoints", "warm_start.cache"}
+MAY_CHANGE = {"output", "updates", "eval_every", "save_every", "keep_checkpoints", "max_undecided", "warm_start.cache"}
 
 
 def check(config: TrainConfig, resume: bool) -> None:

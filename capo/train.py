@@ -14,6 +14,7 @@ import copy
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from capo import checkpoint, critique, rundir
 from capo.config import TrainConfig
 from capo.credit import Credit
 from capo.data import DELIMITER, ArithmeticTask, Problem
-from capo.errors import UsageError
+from capo.errors import UsageError, VerifierError
 from capo.evaluate import accuracy, plot_curves, response_texts
 from capo.judges import JudgeError, JudgeRequest
 from capo.judges.make import closing, make_judge
@@ -48,6 +49,7 @@ from capo.steps import segment, step_texts
 from capo.verify import Outcome, Verifier
 
 BETAS = (0.9, 0.95)  # of AdamW
+TELLING = 20  # outcomes; a share of fewer says little
 
 
 class TrainingError(Exception):
@@ -165,7 +167,7 @@ class _Run:
             for update in range(first, config.updates + 1):
                 try:
                     metrics = self._update(update, engine)
-                except JudgeError as error:
+                except (JudgeError, VerifierError) as error:
                     self._save()  # the weights are those of the update before
                     raise TrainingError(f"{error}. The run is saved; go on with --resume") from None
                 stopping = self.stop.is_set()
@@ -299,6 +301,7 @@ class _Run:
         judged = time.perf_counter()
         rollouts = Rollouts.concat(parts, [size] * len(parts))
         outcomes = torch.cat([part.outcomes for part in assessed])
+        self._check_outcomes(outcomes, verified[0])
         requests = [request for part in assessed for request in part.requests]
         votes = Votes.concat([part.votes for part in assessed])
         steps = segment(rollouts.token_ids, rollouts.cu_seqlens, task.token_bytes, DELIMITER)
@@ -360,6 +363,16 @@ class _Run:
             adaptive=config.judge.adaptive,
         )
         return Assessment(outcomes, requests, votes, time.perf_counter() - began)
+
+    def _check_outcomes(self, outcomes: Tensor, before: Counter[str]) -> None:
+        undecided, total, limit = int(outcomes.isnan().sum()), len(outcomes), self.config.max_undecided
+        if undecided > limit * total and limit < 1 and (total >= TELLING or undecided == total):
+            reasons = {name.removeprefix("undecided/"): n for name, n in (self.verifier.counts - before).most_common()
+                       if name.startswith("undecided/")}  # fmt: skip
+            raise VerifierError(
+                f"{undecided} of the {total} outcomes of an update are undecided, more than max_undecided={limit:g} allows: "
+                + ", ".join(f"{name} {number}" for name, number in reasons.items())
+            )
 
     def _check_mismatch(self, mean: float) -> None:
         limit = self.config.rollout.max_mismatch

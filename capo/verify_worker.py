@@ -4,7 +4,8 @@ no capo.
 The nursery imports Math-Verify once, warms it up with answers of its own, and then only forks and watches: it parses no
 answer and evaluates nothing. Workers are forked from it, single-threaded as it is, compare a few pairs each and end, so
 that nothing a pair leaves behind lives long. The kernel ends a worker that exceeds its wall clock, which starts when
-the worker begins a pair, or its processor time.
+the worker begins a pair, or its processor time. The nursery keeps the wall clock, too, and does not wait for the end: on a
+busy machine a process may take a second to die.
 
 Both ends speak JSON lines. In: one object of options, then ``[number, known, given]``. Out: ``{"ready": ...}`` or
 ``{"error": ...}``, then ``[number, verdict]``.
@@ -31,11 +32,9 @@ from typing import Any
 # More than one word a kind, so that counts can tell them apart; "right" and "wrong" are the only decisions.
 VERDICTS = ("right", "wrong", "parse", "size", "memory", "timeout", "crash")
 LIFE = 32  # pairs that a worker compares before another takes its place
-STUCK = 0.02  # seconds of processor time after which a comparison no longer keeps others from beginning
-SHORT = 0.1  # seconds of processor time after which its worker has to let others go first
-SLOWER = 5  # by how much it is made nicer
+STUCK = 0.08  # seconds of processor time after which a comparison may hang: it no longer keeps others from beginning
+SLOWER = 5  # by how much its worker is made nicer
 TICK = 0.02  # seconds between two looks at the workers
-GRACE = 0.5  # seconds after which the nursery kills a worker that the kernel should have killed
 
 # Known pairs, for warming up and for the test at the start: known answer, given answer, verdict.
 KNOWN_PAIRS = (
@@ -253,8 +252,10 @@ def work(pairs: int, verdicts: int, options: dict[str, Any], compare: Callable[[
         for line in inbox:
             for clock, seconds in clocks:
                 setitimer(clock, seconds)  # when it runs out, the default action of its signal ends this process
-            os.write(verdicts, b"begun\n")
-            known, given = json.loads(line)
+            os.write(verdicts, f"begun {time.monotonic()}\n".encode())
+            known, given, crowd = json.loads(line)
+            if crowd:
+                os.sched_yield()  # all of it is to begin before any of it takes its time
             try:
                 verdict = compare(known, given)
             except (Refused, Exception):  # noqa: BLE001  a fault of the comparison, counted as such
@@ -295,14 +296,15 @@ class Worker:
         os.close(verdicts)
         self.item: list[Any] | None = None
         self.begun: float | None = None
+        self.stuck = False
         self.before = 0.0
         self.done = 0
         self.heard = b""
 
-    def take(self, item: list[Any]) -> None:
-        self.item, self.begun, self.before = item, None, self.clock()
+    def take(self, item: list[Any], crowd: bool) -> None:
+        self.item, self.begun, self.stuck, self.before = item, None, False, self.clock()
         try:
-            os.write(self.pairs, json.dumps(item[1:]).encode() + b"\n")
+            os.write(self.pairs, json.dumps([*item[1:], crowd]).encode() + b"\n")
         except BrokenPipeError:
             pass  # it is dead, and the other pipe will say so
 
@@ -317,12 +319,16 @@ class Worker:
         """Seconds of processor time on the pair at work. Wall clock says nothing on a busy machine."""
         return self.clock() - self.before if self.item is not None else 0.0
 
-    def end(self) -> int:
-        """End the process, if it has not ended by itself; returns its wait status."""
+    def end(self) -> None:
+        """Let the process end, if it has not ended by itself; `ended` says when it has."""
         os.close(self.pairs)
         os.close(self.verdicts)
         os.kill(self.pid, signal.SIGKILL)
-        return os.waitpid(self.pid, 0)[1]
+
+    def ended(self, wait: bool = False) -> int | None:
+        """The wait status of a process that was ended, once; None while it is still dying."""
+        pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
+        return status if pid else None
 
 
 class Nursery:
@@ -332,6 +338,7 @@ class Nursery:
         self.source, self.sink = source, sink
         self.options, self.compare = options, compare
         self.workers: dict[int, Worker] = {}  # by the descriptor of their verdicts
+        self.dying: list[Worker] = []
         self.inbox: deque[list[Any]] = deque()
         self.outbox = b""
         self.half = b""  # a line that has not arrived whole
@@ -348,7 +355,7 @@ class Nursery:
                 # Forking is slow on a busy machine, so what may be needed at once is forked when there is nothing to
                 # do.
                 short = not self.busy and len(self.workers) < self.options["workers"]
-                wait = TICK if self.busy else 0.0 if short else None
+                wait = 0.0 if short else TICK if self.busy or self.dying else None
                 readable, writable, _ = select.select(
                     [self.source, *self.workers], [self.sink] if self.outbox else [], [], wait
                 )
@@ -360,6 +367,7 @@ class Nursery:
                 if short and not readable:
                     self._fork()
                 self._watch()
+                self._reap()
                 if writable:
                     self.outbox = self.outbox[os.write(self.sink, self.outbox) :]
         except BrokenPipeError:
@@ -367,6 +375,8 @@ class Nursery:
         finally:
             for worker in self.workers.values():
                 worker.end()
+            for worker in (*self.workers.values(), *self.dying):
+                worker.ended(wait=True)
 
     def report(self, message: Any) -> None:
         self.outbox += json.dumps(message).encode() + b"\n"
@@ -381,15 +391,17 @@ class Nursery:
         idle = []
         for worker in list(self.workers.values()):
             if worker.item is None and worker.done and (worker.done >= LIFE or not self.inbox):
-                self._retire(worker)
+                self._bury(worker)
             elif worker.item is None:
                 idle.append(worker)
-        # As many as there are cores, beside those that may hang; if all may, twice as many.
-        stuck = sum(worker.spent() > STUCK for worker in self.workers.values())
-        allowed = min(max(self.cores + stuck, 2 * stuck), self.options["workers"])
         self.busy = len(self.workers) - len(idle)
-        while self.inbox and self.busy < allowed:
-            (idle.pop() if idle else self._fork()).take(self.inbox.popleft())
+        # As many as there are cores, beside those that may hang: harmless ones would starve each other. But where most of
+        # what is at work may hang, all of it at once: the last has to begin soon after the first, to end soon after it.
+        stuck = sum(worker.stuck for worker in self.workers.values())
+        hostile = stuck >= max(self.cores, self.busy / 2)
+        allowed = self.options["workers"] if hostile else min(self.cores + stuck, self.options["workers"])
+        while self.inbox and self.busy < allowed and len(self.dying) < self.options["workers"]:
+            (idle.pop() if idle else self._fork()).take(self.inbox.popleft(), hostile)
             self.busy += 1
 
     def _fork(self) -> Worker:
@@ -403,36 +415,45 @@ class Nursery:
         *lines, worker.heard = (worker.heard + data).split(b"\n")
         for line in lines:
             word = line.decode("ascii", "replace")
-            if word == "begun":
-                worker.begun = time.monotonic()
+            if word.startswith("begun "):  # written before the pair is looked at; this process may be late to read it
+                worker.begun = float(word[6:])
             elif worker.item is not None:
                 self.report([worker.item[0], word if word in VERDICTS else "crash"])
-                worker.item = None
+                worker.item, worker.stuck = None, False
                 worker.done += 1
         if not data:
             self._bury(worker)
 
     def _bury(self, worker: Worker, verdict: str | None = None) -> None:
+        """End a worker. What it was at is reported at once with a verdict, without one when it is known how it ended."""
         del self.workers[worker.verdicts]
-        status = worker.end()
-        if worker.item is not None:
-            ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            clocks = (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU)
-            self.report([worker.item[0], verdict or ("timeout" if ended_by in clocks else "crash")])
-
-    def _retire(self, worker: Worker) -> None:
-        del self.workers[worker.verdicts]
+        if verdict is not None and worker.item is not None:
+            self.report([worker.item[0], verdict])
+            worker.item = None
         worker.end()
+        self.dying.append(worker)
+
+    def _reap(self) -> None:
+        left = []
+        for worker in self.dying:
+            status = worker.ended()
+            if status is None:
+                left.append(worker)
+            elif worker.item is not None:
+                ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+                clocks = (signal.SIGALRM, signal.SIGPROF, signal.SIGXCPU)
+                self.report([worker.item[0], "timeout" if ended_by in clocks else "crash"])
+        self.dying = left
 
     def _watch(self) -> None:
         now = time.monotonic()
         for worker in list(self.workers.values()):
             if worker.item is None or worker.begun is None:
                 continue
-            if now - worker.begun > self.options["timeout"] + GRACE:
+            if now - worker.begun > self.options["timeout"]:
                 self._bury(worker, "timeout")
-            elif worker.done < LIFE and worker.spent() > SHORT:
-                worker.done = LIFE  # its last pair
+            elif not worker.stuck and worker.spent() > STUCK:
+                worker.stuck, worker.done = True, LIFE  # its last pair
                 os.setpriority(os.PRIO_PROCESS, worker.pid, os.getpriority(os.PRIO_PROCESS, 0) + SLOWER)
 
 

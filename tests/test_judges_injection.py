@@ -5,9 +5,11 @@ import random
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import capo
 from capo.critique import MAX_REPLY, SCHEMA, Critique, CritiqueError, Reason, parse, parse_json, render
 from capo.escape import neutralise
 from capo.judges import JudgeReply, JudgeRequest
@@ -92,6 +94,26 @@ def test_a_response_cannot_know_its_nonce():
     ]  # fmt: skip
     prints = {request.fingerprint(seed) for request in [one, *others] for seed in (0, 1)}
     assert len(prints) == 12
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(["majority", "strict_majority", "intersection", "union", "average"]))
+def test_a_fooled_judge_cannot_lift_a_wrong_response_to_a_right_one(data, vote):
+    """C > P: whatever the votes say, a token of a right response is worth more than any of a wrong one of its group."""
+    outcomes = [1.0, 0.0, *data.draw(st.lists(st.sampled_from([0.0, 1.0]), max_size=4))]
+    lengths = [data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)) for _ in outcomes]
+    votes = [[data.draw(st.sampled_from([-1, 0, 1])) for _ in range(3)] for row in lengths for _ in row]
+    ends = torch.tensor([size for row in lengths for size in row]).cumsum(0)
+    cu_steps = torch.tensor([0, *map(len, lengths)]).cumsum(0)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends])[cu_steps]
+    steps = capo.Steps(torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]]), ends, cu_steps)
+    table, groups = torch.tensor(votes, dtype=torch.int8), torch.zeros(len(outcomes), dtype=torch.int64)
+    rule = capo.CreditRule(vote=vote)
+    advantages = capo.Credit(torch.tensor(outcomes), table, steps, cu_seqlens, groups, rule).advantages()
+    parts = advantages.split(cu_seqlens.diff().tolist())
+    right = [part for part, outcome in zip(parts, outcomes, strict=True) if outcome]
+    wrong = [part for part, outcome in zip(parts, outcomes, strict=True) if not outcome]
+    assert torch.cat(right).min() > torch.cat(wrong).max()
 
 
 def test_the_schema_is_what_the_parser_reads():

@@ -9,7 +9,9 @@ import gc
 import logging
 import os
 import random
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -239,6 +241,48 @@ def test_what_is_no_tls_is_a_connection_fault():
             [[reply]] = judge.critique([WRONG], 1)
             assert (reply.state, reply.error) == ("failed", "connection")
             assert judge.counts["attempts"] == 2
+
+
+def test_a_name_that_does_not_exist_is_a_connection_fault(monkeypatch):
+    def getaddrinfo(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with closing(OpenAIJudge("https://judge.invalid/v1", "m", limits=QUICK, max_failure_rate=1)) as judge:
+        [[reply]] = judge.critique([WRONG], 1)
+        assert (reply.state, reply.error) == ("failed", "connection")
+        assert judge.counts["attempts"] == 4
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_vouches_for_gets_neither_prompt_nor_key(tmp_path, monkeypatch):
+    files = [str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", files[0], "-out", files[1]], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[1], files[0])
+    received = []
+
+    def serve(listener):
+        while True:
+            try:
+                connection, _ = listener.accept()
+                received.append(context.wrap_socket(connection, server_side=True).recv(4096))
+            except ssl.SSLError:
+                received.append("refused")
+            except OSError:
+                return
+
+    monkeypatch.setenv("JUDGE_KEY", CANARY)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=[listener], daemon=True).start()
+        url = f"https://localhost:{listener.getsockname()[1]}/v1"
+        limits = dataclasses.replace(QUICK, retries=1)
+        with closing(OpenAIJudge(url, "m", limits=limits, max_failure_rate=1, api_key_env="JUDGE_KEY")) as judge:
+            [[reply]] = judge.critique([WRONG], 1)
+            assert (reply.state, reply.error) == ("failed", "connection")
+        listener.shutdown(socket.SHUT_RDWR)
+    assert received and set(received) <= {"refused", b""}
 
 
 def test_fields_can_be_added_and_left_out():
@@ -494,6 +538,12 @@ def test_addresses():
         ("http://judge.internal/v1", "allow_http"),
         ("http://169.254.169.254/latest", "link-local"),
         ("https://[fe80::1]/v1", "link-local"),
+        ("https://[::ffff:169.254.169.254]/v1", "link-local"),
+        ("https://[fd00:ec2::254]/v1", "metadata"),
+        ("https://100.100.100.200/v1", "metadata"),
+        ("http://0.0.0.0:8000/v1", "unspecified"),
+        ("https://224.0.0.1/v1", "multicast"),
+        ("http://2130706433/v1", "allow_http"),
         (f"https://user:{CANARY}@api.example.com/v1", "no user"),
         (f"https://api.example.com/v1?key={CANARY}", "query"),
         ("file:///etc/passwd", "http or https"),
@@ -504,6 +554,47 @@ def test_addresses():
         with pytest.raises(ValueError, match=message) as caught:
             check_url(bad, allow_http=False)
         assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url, places, message",
+    [
+        (
+            "http://judge.internal",
+            ["127.0.0.1", "169.254.169.254"],
+            "'judge.internal' was looked up to 169.254.169.254",
+        ),
+        ("http://judge.internal", ["127.0.0.1", "::ffff:169.254.169.254"], "link-local"),
+        ("http://judge.internal", ["127.0.0.1", "fd00:ec2::254"], "metadata"),
+        ("http://judge.internal", ["127.0.0.1", "0.0.0.0"], "unspecified"),
+        ("http://judge.localhost", ["127.0.0.1", "10.0.0.7"], "foreign"),
+    ],
+)
+def test_a_name_that_comes_to_stand_for_another_place_is_not_followed(url, places, message, monkeypatch):
+    """DNS rebinding: the first connection is let through, the second is not made."""
+    looked_up = []
+
+    def getaddrinfo(host, port, *rest, **options):
+        looked_up.append(host)
+        place = places[min(len(looked_up), len(places)) - 1]
+        family = socket.AF_INET6 if ":" in place else socket.AF_INET
+        return [(family, socket.SOCK_STREAM, 6, "", (place, port, 0, 0) if ":" in place else (place, port))]
+
+    with FakeServer() as server:
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        judge = OpenAIJudge(f"{url}:{server.port}/v1", "m", limits=QUICK, allow_http="internal" in url)
+        with closing(judge):
+            assert judge.critique([WRONG], 1)[0][0].state == "valid"
+            judge.close()  # as the server would, by and by
+            with pytest.raises(JudgeError, match=message):
+                judge.critique([make_request(1)], 1)
+        assert len(looked_up) == 2 and len(server.requests) == 1
+
+
+def test_a_number_for_a_name_is_an_address():
+    judge = OpenAIJudge("http://2852039166:8000/v1", "m", limits=QUICK, allow_http=True)
+    with closing(judge), pytest.raises(JudgeError, match=r"169\.254\.169\.254, a link-local address"):
+        judge.critique([WRONG], 1)
 
 
 def test_proxies_of_the_environment_are_used_only_when_asked_for(monkeypatch):

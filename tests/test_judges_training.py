@@ -20,7 +20,7 @@ from capo.judges.scripted import ScriptedJudge
 from capo.judges.transformers import TransformersJudge
 from capo.judges.voting import Votes
 from capo.metrics import alarms, judge_metrics, read_metrics, response_metrics
-from capo.train import TrainingError, train
+from capo.train import TrainingError, train, verify
 
 SMALL = [
     "updates=3", "prompts=4", "group_size=2", "minibatches=2", "warm_start.steps=0", "task.steps=2", "task.held_out=8",
@@ -129,6 +129,38 @@ def test_a_run_stops_when_the_judge_is_out_and_goes_on_when_it_is_back(tmp_path)
     assert [row["step"] for row in ends[1]] == [0, 1, 2, 3]
     for name in ("loss", "grad_norm", "reward", "capo/flag_rate/wrong", "capo/critiques/valid"):
         assert [row.get(name) for row in ends[0]] == [row.get(name) for row in ends[1]]
+
+
+@pytest.mark.parametrize("prompts, undecided", [(4, 8), (10, 5)])
+def test_a_run_stops_when_too_much_is_undecided_and_goes_on_when_it_is_not(tmp_path, monkeypatch, prompts, undecided):
+    """All of few outcomes, or more than a fifth of many."""
+    updates = []
+
+    def unsure(verifier, *rest):
+        updates.append(verifier)
+        outcomes = verify(verifier, *rest)
+        if len(updates) == broken:
+            verifier._counts["undecided/timeout"] += undecided
+            outcomes[:undecided] = float("nan")
+        return outcomes
+
+    monkeypatch.setattr("capo.train.verify", unsure)
+    broken, size = 0, f"prompts={prompts}"
+    whole = run(tmp_path / "whole", size)
+    broken, updates[:] = 2, []
+    total = 2 * prompts
+    with pytest.raises(
+        TrainingError, match=rf"{undecided} of the {total} .*max_undecided=0.2.*timeout {undecided}.*--resume"
+    ):
+        run(tmp_path, size)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 1
+    broken = 0
+    resumed = run(tmp_path, size, resume=True)
+    ends = [read_metrics(result.run_dir / "metrics.jsonl") for result in (whole, resumed)]
+    for name in ("step", "loss", "grad_norm", "reward"):
+        assert [row.get(name) for row in ends[0]] == [row.get(name) for row in ends[1]]
+    broken, updates[:] = 2, []
+    assert run(tmp_path / "never", size, "max_undecided=1").update == 3
 
 
 def credit(outcomes, flags, counts, lengths):

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 import capo
 from capo import critique
+from capo.config import TaskConfig
 from capo.critique import Critique
+from capo.data import DELIMITER, ArithmeticTask
 from capo.judges import JudgeReply, JudgeRequest
 from capo.judges.scripted import ScriptedJudge
 from capo.judges.voting import collect, needs_votes, response_votes_missing, votes_missing
 from capo.reference import step_weights
+from capo.steps import step_texts
 
 RULES = ["majority", "strict_majority", "intersection", "union", "average"]
 PRESETS = ["capo", "grpo", "dr_grpo", "rloo", "opo", "grpo_process", "vppo", "fapo", "papo"]
@@ -217,3 +220,42 @@ def test_savings_at_eight_votes_and_ten_percent_errors():
             for rows in (votes.replies, judge.critique(requests, 8))
         ]
         assert torch.equal(step_weights(tables[0], "majority"), step_weights(tables[1], "majority"))
+
+
+def spoken_groups(seed, groups=24, size=8):
+    """Groups of responses to arithmetic problems, as those would give them whom the example's policy has learnt from."""
+    task = ArithmeticTask(TaskConfig(), seed)
+    draw = task._draw
+    task._draw = lambda count, *rest, **more: tuple(
+        part.repeat_interleave(size, 0) for part in draw(count // size, *rest, **more)
+    )
+    rows = task.demos(groups * size, torch.Generator().manual_seed(seed))
+    prompts, responses = rows[:, : task.prompt_length].tolist(), rows[:, task.prompt_length :]
+    cu_seqlens = torch.arange(len(rows) + 1) * responses.shape[1]
+    steps = capo.segment(responses.flatten(), cu_seqlens, task.token_bytes, DELIMITER)
+    texts = step_texts(responses.flatten(), steps, task.token_bytes)
+    requests = [JudgeRequest(task.decode(p), None, tuple(t)) for p, t in zip(prompts, texts, strict=True)]
+    outcomes = [float(not any(task.check(request))) for request in requests]
+    judge = ScriptedJudge(task.check, false_alarm=0.1, missed=0.1, seed=seed)
+    return judge, requests, outcomes, [i // size for i in range(len(rows))], cu_seqlens, steps
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_forty_percent_are_left_out_on_the_arithmetic_task_and_nothing_changes(seed):
+    """K = 8, a judge that errs on one step in ten; benchmarks/votes.py --arithmetic counts in real trainings."""
+    judge, requests, outcomes, groups, cu_seqlens, steps = spoken_groups(seed)
+    full = judge.critique(requests, 8)
+    counts = [len(request.steps) for request in requests]
+    whole = critique.vote_table([[reply.critique for reply in row] for row in full], counts, 8)
+    for rule in RULES:
+        credit_rule = capo.CreditRule(vote=rule)
+        votes = collect(judge, requests, 8, credit_rule, outcomes, groups)
+        some = critique.vote_table([[reply.critique for reply in row] for row in votes.replies], counts, 8)
+        assert torch.equal(step_weights(some, rule), step_weights(whole, rule))
+        rest = (requests, outcomes, groups, cu_seqlens, steps, credit_rule, 8)
+        assert torch.equal(advantages(votes.replies, *rest), advantages(full, *rest))
+        if rule == "majority":
+            assert 1 - votes.asked / votes.full >= 0.4
+            # Every exact way asks for five votes where no step is flagged: the rest is equal responses.
+            alone = collect(judge, requests, 8, credit_rule, outcomes, groups, share=False)
+            assert 0.1 < 1 - alone.asked / alone.full <= 0.375

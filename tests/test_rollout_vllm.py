@@ -255,8 +255,14 @@ def check(replies):
     assert all(votes[0].prompt_tokens > 500 and not any(r.prompt_tokens for r in votes[1:]) for votes in replies)
 
 
-def test_a_judge_on_vllm(speaker):
+def test_a_judge_on_vllm(speaker, monkeypatch):
+    from vllm import SamplingParams
+
     from capo.judges.vllm import VllmJudge
+
+    def refuse(self, *_):
+        if self.structured_outputs is not None:
+            raise ValueError("no backend takes this schema")
 
     judge = VllmJudge(speaker, max_new_tokens=8, context=CONTEXT, cache_gib=0.125, dtype="float32")
     try:
@@ -271,6 +277,12 @@ def test_a_judge_on_vllm(speaker):
         [votes] = judge.critique(REQUESTS[:1], 4)
         # Against its own will: it never says a brace.
         assert all(reply.text.lstrip(" \n\t").startswith("{") for reply in votes)
+        assert judge._structured and not judge.counts
+        monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", refuse)
+        for _ in range(2):  # refused once, never asked for again
+            again = judge.critique(REQUESTS, 8)
+            assert [[r.text for r in votes] for votes in again] == [[r.text for r in votes] for votes in replies]
+        assert not judge._structured and judge.counts == {"downgraded": 1}
     finally:
         judge.close()
         judge.close()
@@ -290,6 +302,10 @@ def test_a_served_judge(server):
         [[bad]] = judge.critique([TOO_LONG], 1)
         assert bad.state == "failed", bad
         assert judge.counts["attempts"] == 15
+    with closing(OpenAIJudge(url, model, max_tokens=8, structured=True, limits=limits, max_failure_rate=1.0)) as judge:
+        [votes] = judge.critique(REQUESTS[:1], 4)
+        assert all(reply.text.lstrip(" \n\t").startswith("{") for reply in votes)
+        assert "downgraded" not in judge.counts
 
 
 def test_training_with_rollouts_and_judge_by_vllm(server, tmp_path):
@@ -320,3 +336,28 @@ def test_training_with_rollouts_and_judge_by_vllm(server, tmp_path):
         states.update(found)
     assert states["failed"] == 0 and states["valid"] > states["invalid"] > 0
     assert rows[-1]["capo/bad_updates"] == 0 and any(row.get("grad_norm") for row in rows)
+
+
+def test_a_run_with_rollouts_by_vllm_is_resumed_as_if_it_had_not_ended(tmp_path):
+    """A new engine gets the saved weights, and samples what the old one would have sampled next."""
+    from capo.train import train
+
+    settings = {
+        "prompts": 4, "group_size": 4, "device": "cpu", "task.steps": 2, "task.held_out": 8, "threads": 1, "eval_every": 9,
+        "warm_start.steps": 60, "warm_start.batch": 32, "warm_start.cache": tmp_path / "warm", "model.layers": 1,
+        "model.heads": 2, "model.mlp": 64, "learning_rate": 1e-3, "judge.num_votes": 3, "rollout.engine": "vllm",
+        "rollout.chunks": 2, "rollout.cache_gib": 0.0625,
+    }  # fmt: skip
+
+    def run(name, updates, resume=False):
+        changes = {**settings, "output": tmp_path / name, "updates": updates}
+        config = load_config(None, [f"{key}={value}" for key, value in changes.items()])
+        result = train(config, resume=resume, console=Console(file=io.StringIO()))
+        return read_metrics(result.run_dir / "metrics.jsonl")
+
+    whole = run("whole", 4)
+    assert len(run("parts", 2)) == 3
+    parts = run("parts", 4, resume=True)
+    same = ("step", "loss", "grad_norm", "reward", "entropy", "num_tokens", "capo/critiques/valid", MEAN)
+    assert [[row.get(name) for name in same] for row in whole] == [[row.get(name) for name in same] for row in parts]
+    assert any(row.get("grad_norm") for row in parts[3:])

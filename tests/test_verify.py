@@ -766,6 +766,15 @@ TORTURE = [
 ]
 
 
+def slowdown():
+    """Wall clock of half a second's work on each core: about 1 on a machine with nothing else to do, 5 beside four others."""
+    work = "import time\nwhile time.process_time() < 0.5: pass"
+    began = time.monotonic()
+    probes = [subprocess.Popen([sys.executable, "-S", "-c", work]) for _ in range(len(os.sched_getaffinity(0)))]
+    assert [probe.wait() for probe in probes] == [0] * len(probes)
+    return (time.monotonic() - began) / 0.5
+
+
 @needs_math_verify
 @needs_proc
 def test_the_torture_set_64_at_a_time(strict):
@@ -786,15 +795,14 @@ def test_the_torture_set_64_at_a_time(strict):
 
     watching = threading.Thread(target=watch)
     watching.start()
-    before = strict.counts
+    before, slow = strict.counts, slowdown()
     began = time.monotonic()
     outcomes = strict.verify([boxed(item) for item in items], ["x+1"] * 64)
     took = time.monotonic() - began
     stop.set()
     watching.join()
-    # A second more than the limit of 3 on an idle machine, see benchmarks/bench_verify.py; one by one it is two
-    # minutes.
-    assert took < 20
+    # The limit of 3 seconds and one more, which is longer where others compute, too; one by one it is two minutes.
+    assert took < 3 + max(slow, slowdown())
     assert outcomes[:58] == [UNDECIDED] * 58
     truth = [RIGHT, WRONG, RIGHT, RIGHT, WRONG, WRONG]
     assert all(each in (expected, UNDECIDED) for each, expected in zip(outcomes[58:], truth, strict=True))
@@ -911,7 +919,7 @@ def test_the_clock_starts_in_the_worker(strict):
 def test_a_nursery_that_falls_silent_is_replaced(verifier, monkeypatch):
     import dataclasses
 
-    verifier.start()
+    assert from_here(verifier) == ["right", "wrong", "right"]  # it has started, and does not fall silent in that
     monkeypatch.setattr(verifier._pool, "_limits", dataclasses.replace(verifier._pool._limits, stall=2.0))
     nursery = verifier._pool.pid
     os.kill(nursery, signal.SIGSTOP)
@@ -1005,6 +1013,17 @@ def test_a_wrong_verdict_at_the_start_is_an_error(monkeypatch):
             verifier.start()
         with pytest.raises(VerifierError):
             verifier.verify([boxed("x")], ["x+1"])
+
+
+def test_nothing_is_trained_with_a_broken_verifier(monkeypatch, tmp_path):
+    """Not by an error that a run could come over: nothing is sampled, nothing saved."""
+    from capo.config import load_config
+    from capo.train import train
+
+    monkeypatch.setattr(capo.verify, "read", lambda written, max_digits: None)
+    with pytest.raises(VerifierError, match="self-test failed"):
+        train(load_config(None, [f"output={tmp_path / 'run'}"]))
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"lock"}
 
 
 @needs_math_verify

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
+
+from capo.judges import JudgeError
+
+# Where clouds keep credentials, besides the link-local addresses.
+_METADATA = {ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")}
 
 
 def check_url(url: str, allow_http: bool = False) -> str:
-    """The address of a server, without a slash at its end.
-
-    The host is looked up by the system for each connection; who controls its name controls where requests go.
+    """The address of a server, without a slash at its end. What its name is looked up to is for `Lookup` to check.
 
     Raises:
-        ValueError: no http(s) address, one with a user or a query, a link-local one (where clouds keep credentials), or
-            plain http to another machine without ``allow_http``. The address is not shown if it may hold a secret.
+        ValueError: no http(s) address, one with a user or a query, one where no judge lives (`no_judge_at`), or plain http
+            to another machine without ``allow_http``. The address is not shown if it may hold a secret.
     """
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -27,16 +32,63 @@ def check_url(url: str, allow_http: bool = False) -> str:
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError(f"url must be an http or https address such as http://localhost:8000/v1, got {url!r:.100}")
     try:
-        address = ipaddress.ip_address(host)
+        loopback = _address(host).is_loopback
     except ValueError:
         loopback = host == "localhost" or host.endswith(".localhost")
     else:
-        loopback = address.is_loopback
-        if address.is_link_local or address.is_multicast:
-            raise ValueError(f"url: {host} is a link-local address; no judge lives there")
+        if kind := no_judge_at(host):
+            raise ValueError(f"url: {host} is a {kind} address; no judge lives there")
     if parts.scheme == "http" and not loopback and not allow_http:
         raise ValueError(f"url: plain http to {host}: use https, or allow_http where the network can be trusted")
     return url.rstrip("/")
+
+
+def no_judge_at(address: str) -> str | None:
+    """What kind of address this is, if it is one where no judge lives: link-local, metadata, multicast, unspecified.
+
+    Raises:
+        ValueError: it is no IP address.
+    """
+    where = _address(address)
+    kinds = {
+        "link-local": where.is_link_local,
+        "metadata": where in _METADATA,
+        "multicast": where.is_multicast,
+        "unspecified": where.is_unspecified,
+    }
+    return next((kind for kind, applies in kinds.items() if applies), None)
+
+
+def _address(written: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = ipaddress.ip_address(written)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+class Lookup(asyncio.SelectorEventLoop):
+    """An event loop that refuses what a name may not be looked up to.
+
+    It connects to the very addresses that were checked: a name that stands for another machine a moment later (DNS
+    rebinding) is checked again, with each connection. In between nothing is pinned: with https the certificate says who
+    answers, and without it a name of another machine is used only where ``allow_http`` trusts the network.
+
+    Args:
+        loopback_only: nothing but addresses of this machine, as ``localhost`` has to stand for.
+    """
+
+    def __init__(self, loopback_only: bool) -> None:
+        super().__init__()
+        self._loopback_only = loopback_only
+
+    async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> Any:
+        """As of the base class; raises JudgeError if there is an address where no judge lives."""
+        found = await super().getaddrinfo(host, port, **options)
+        for *_, place in found:
+            kind = no_judge_at(str(place[0]))
+            if kind is None and self._loopback_only and not _address(str(place[0])).is_loopback:
+                kind = "foreign"
+            if kind is not None:
+                raise JudgeError(f"{host!r:.100} was looked up to {place[0]}, a {kind} address; no judge lives there")
+        return found
 
 
 def read_key(env: str | None, file: str | Path | None) -> str | None:

@@ -19,7 +19,7 @@ import anyio
 
 from capo.critique import SCHEMA, render
 from capo.judges import Fault, JudgeError, JudgeReply, JudgeRequest
-from capo.judges.address import check_url, read_key
+from capo.judges.address import Lookup, check_url, read_key
 from capo.judges.cache import ReplyCache
 from capo.judges.client import CallFailed, Client, Limits
 
@@ -104,6 +104,8 @@ class OpenAIJudge:
         key = read_key(api_key_env, api_key_file)
         address = f"{self.url}/chat/completions"
         self._make_client = partial(Client, address, key, self._limits, self.counts, trust_env)
+        # With a proxy it is the proxy's name that is looked up.
+        self._loopback_only = self.url.startswith("http:") and not allow_http and not trust_env
         self._engine: _Engine | None = None
         self._lock = threading.Lock()
 
@@ -125,7 +127,7 @@ class OpenAIJudge:
             return [[] for _ in requests]
         with self._lock:
             if self._engine is None:
-                self._engine = _Engine(self._make_client)
+                self._engine = _Engine(self._make_client, self._loopback_only)
             engine = self._engine
         return engine.run(partial(self._critique, list(requests), num_votes, first))
 
@@ -305,8 +307,8 @@ def _tokens(count: Any) -> int:
 class _Engine:
     """A thread with an event loop, and the client that lives in it."""
 
-    def __init__(self, make_client: Callable[[], Client]) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, make_client: Callable[[], Client], loopback_only: bool) -> None:
+        self._loop = Lookup(loopback_only)
         # A daemon, so that a judge that nobody has closed does not keep the interpreter from ending.
         thread = threading.Thread(target=self._loop.run_forever, name="capo judge", daemon=True)
         thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,8 @@ class VllmJudge:
         max_new_tokens: longest reply.
         seed: of all randomness.
         trust: see `capo.critique.parse`.
-        structured: the reply is JSON by force, as `capo.critique.SCHEMA` describes it.
+        structured: the reply is JSON by force, as `capo.critique.SCHEMA` describes it; if vLLM refuses that and takes the same
+            requests without, all goes on in the text form, and ``counts["downgraded"]`` is 1.
         template: further arguments of the chat template, such as ``enable_thinking=False``.
         dtype: of the weights; ``auto``: as vLLM chooses.
         context: tokens of prompt and reply together; None: the model's limit.
@@ -79,6 +81,7 @@ class VllmJudge:
             "stop_token_ids": sorted(self._chat.ends(generation)),
             "detokenize": False,
         }
+        self.counts: Counter[str] = Counter()
         self._max_new_tokens, self._seed, self._trust, self._structured = max_new_tokens, seed, trust, structured
         options = cpu_options()
         with undisturbed({"TORCH_COMPILE_DISABLE": "1"} if options else {}):
@@ -105,14 +108,27 @@ class VllmJudge:
         """See `capo.judges.Judge`."""
         if num_votes < 0 or first < 0:
             raise ValueError(f"critique: num_votes and first must be at least 0, got {num_votes} and {first}")
-        replies: list[list[JudgeReply]] = [[] for _ in requests]
         if not num_votes or not requests:
+            return [[] for _ in requests]
+        try:
+            return self._ask(requests, num_votes, first, self._structured)
+        except ValueError:  # which vLLM raises before anything runs
+            if not self._structured:
+                raise
+            replies = self._ask(requests, num_votes, first, structured=False)
+            self._structured = False  # not before vLLM has taken the same requests without
+            self.counts["downgraded"] += 1
             return replies
+
+    def _ask(
+        self, requests: Sequence[JudgeRequest], num_votes: int, first: int, structured: bool
+    ) -> list[list[JudgeReply]]:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
         began = time.perf_counter()
-        prompts = [self._prompt(request) for request in requests]
+        replies: list[list[JudgeReply]] = [[] for _ in requests]
+        prompts = [self._prompt(request, structured) for request in requests]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) + self._max_new_tokens <= self._context]
         for index in set(range(len(requests))) - set(fits):
             replies[index] = [JudgeReply.failure(Fault.TOO_LONG.value)] * num_votes
@@ -121,7 +137,7 @@ class VllmJudge:
                 n=num_votes,
                 # vLLM numbers the seeds of a request's votes on from this: a vote has its seed however it is asked for.
                 seed=int(requests[index].fingerprint(self._seed)[12:19], 16) + first,
-                structured_outputs=StructuredOutputsParams(json=SCHEMA) if self._structured else None,
+                structured_outputs=StructuredOutputsParams(json=SCHEMA) if structured else None,
                 **self._sampling,
             )
             for index in fits
@@ -131,18 +147,18 @@ class VllmJudge:
         seconds = time.perf_counter() - began
         for index, output in zip(fits, outputs, strict=True):
             replies[index] = [
-                self._reply(answer, requests[index], seconds, len(prompts[index]) if vote == 0 else 0)
+                self._reply(answer, requests[index], seconds, len(prompts[index]) if vote == 0 else 0, structured)
                 for vote, answer in enumerate(output.outputs)
             ]
         return replies
 
-    def _prompt(self, request: JudgeRequest) -> list[int]:
+    def _prompt(self, request: JudgeRequest, structured: bool) -> list[int]:
         nonce = request.fingerprint(self._seed)[:12]
-        return self._chat.ids(
-            render(request.question, request.reference, request.steps, nonce, structured=self._structured)
-        )
+        return self._chat.ids(render(request.question, request.reference, request.steps, nonce, structured=structured))
 
-    def _reply(self, answer: Any, request: JudgeRequest, seconds: float, prompt_tokens: int) -> JudgeReply:
+    def _reply(
+        self, answer: Any, request: JudgeRequest, seconds: float, prompt_tokens: int, structured: bool
+    ) -> JudgeReply:
         ids = list(answer.token_ids)
         return JudgeReply.read(
             self.tokenizer.decode(ids, skip_special_tokens=True),
@@ -150,7 +166,7 @@ class VllmJudge:
             request.fingerprint(self._seed)[:12],
             trust=self._trust,
             fault=None if answer.finish_reason == "stop" else Fault.TRUNCATED,
-            structured=self._structured,
+            structured=structured,
             prompt_tokens=prompt_tokens,
             completion_tokens=len(ids),
             seconds=seconds,
