@@ -97,11 +97,15 @@ struct Exponent {
       : rate(static_cast<float>(exact)), rest(static_cast<float>(exact - rate)), lowest(-200.f / rate), top(0.f) {}
   // A tile of nothing but -inf has sums of 0, one with +inf or NaN has those of NaN.
   CAPO_DEVICE void set_top(float x) { top = x == -infinity() ? 0.f : x; }
-  CAPO_DEVICE float operator()(float z) const {
+  // 2^t and t. For rows of 32 bits what rounding t leaves out is put right in the power.
+  CAPO_DEVICE float operator()(float z, float& t) const {
     float d = z - top;
     d = d < lowest ? lowest : d;
-    if constexpr (kType == Dtype::kFloat32) return fmaf(d, rest, d * rate);
-    return d * rate;
+    t = d * rate;
+    const float e = device::power_of_two(t);
+    if constexpr (kType != Dtype::kFloat32) return e;
+    const float left_out = fmaf(d, rest, fmaf(d, rate, -t));
+    return fmaf(e * static_cast<float>(kLn2), left_out, e);
   }
 };
 
@@ -156,8 +160,8 @@ struct Tile {
       float e[F::kWidth], m[F::kWidth];
 #pragma unroll
       for (int i = 0; i < F::kWidth; ++i) {
-        const float t = exponent(F::value(data[k], i));
-        e[i] = device::power_of_two(t);
+        float t;
+        e[i] = exponent(F::value(data[k], i), t);
         m[i] = e[i] * t;
       }
       sum[k] = pairwise(e);
@@ -256,8 +260,9 @@ CAPO_DEVICE void write_gradient(const Tile<kType>& z, char* row, int64_t tile, i
     float x[F::kWidth];
 #pragma unroll
     for (int i = 0; i < F::kWidth; ++i) {
-      const float t = exponent(F::value(z.data[k], i));
-      x[i] = device::power_of_two(t) * fmaf(how.beta, t, how.alpha);
+      float t;
+      const float e = exponent(F::value(z.data[k], i), t);
+      x[i] = e * fmaf(how.beta, t, how.alpha);
     }
     const uint64_t own = static_cast<uint64_t>(how.label - first);
     if (own < F::kWidth)
