@@ -59,7 +59,9 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         # An editable installation is made again and again: what did not change stays built.
         editable = getattr(self, "editable_mode", False)
-        build = ROOT / "build" / f"editable-{sys.implementation.cache_tag}" if editable else Path(self.build_temp).resolve()
+        build = (
+            ROOT / "build" / f"editable-{sys.implementation.cache_tag}" if editable else Path(self.build_temp).resolve()
+        )
         configure = [
             "-S", str(ROOT), "-B", str(build), "-GNinja",
             f"-DPython_EXECUTABLE={sys.executable}",

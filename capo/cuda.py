@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from capo import _native, native, reference
 from capo.backends import checks_values
 
-_module = getattr(_native, "cuda", None)
+_module: Any = getattr(_native, "cuda", None)
 FORMS = ("chosen", "on chip", "two passes", "in steps")
 _form = "chosen"  # of policy_loss; the bits do not depend on it
 
@@ -51,17 +52,19 @@ def why_not() -> str | None:
         capability = torch.cuda.get_device_capability(index)
         if not built_for(capability):
             number = ".".join(map(str, capability))
-            return f"the CUDA kernels are built for {', '.join(architectures())}, GPU {index} has {number}; set CUDAARCHS"
+            return (
+                f"the CUDA kernels are built for {', '.join(architectures())}, GPU {index} has {number}; set CUDAARCHS"
+            )
     return None
 
 
 def _call(name: str, tensor: Tensor, *arguments) -> None:
     """Launch on the device of the tensor and the stream that is current there."""
-    stream, guard = 0, contextlib.nullcontext()
     if tensor.is_cuda:
-        stream, guard = torch.cuda.current_stream(tensor.device).cuda_stream, torch.cuda.device(tensor.device)
-    with guard:
-        error = getattr(_module, name)(*arguments, stream)
+        with torch.cuda.device(tensor.device):
+            error = getattr(_module, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:  # the kernels run on the CPU, in the tests
+        error = getattr(_module, name)(*arguments, 0)
     if error:
         raise RuntimeError(f"{name}: CUDA: {_module.error_text(error)}")
 
@@ -139,12 +142,17 @@ def policy_loss(
 
 
 def logprobs(logits, labels, temperature, mask):
-    rows, vocab = logits.shape
+    rows = len(logits)
     if checks_values(logits.device.type):
         reference.check_rows("logprobs", logits, labels, mask)
     values, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     memory = _tiles(logits, rows)
-    _call("logprobs", logits, *_head(logits, labels, rows, temperature)[:-1], *map(native._address, (mask, memory, values, entropy)))
+    _call(
+        "logprobs",
+        logits,
+        *_head(logits, labels, rows, temperature)[:-1],
+        *map(native._address, (mask, memory, values, entropy)),
+    )
     return values, entropy
 
 

@@ -23,7 +23,8 @@ def compiler() -> str | None:
     if found is None or platform.machine() not in ("x86_64", "aarch64"):
         return None
     probe = [found, "-x", "c++", "-std=c++20", "-fsyntax-only", "-"]
-    return found if subprocess.run(probe, input="_Float16 x;", text=True, capture_output=True).returncode == 0 else None
+    done = subprocess.run(probe, check=False, input="_Float16 x;", text=True, capture_output=True)
+    return found if done.returncode == 0 else None
 
 
 def build(root: Path, folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
@@ -41,7 +42,16 @@ def build(root: Path, folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
     running = []
     for source in sources:
         level = flags if source.suffix == ".cu" else ("-O1",)
-        command = [*common, *level, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.stem}{source.suffix[1:]}.o")]
+        command = [
+            *common,
+            *level,
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+            "-o",
+            str(folder / f"{source.stem}{source.suffix[1:]}.o"),
+        ]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     said = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):

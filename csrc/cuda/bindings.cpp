@@ -18,8 +18,15 @@ Stream stream_of(Address stream) { return pointer<void>(stream); }
 
 Head head_of(Address logits, int64_t stride, int dtype, int64_t rows, int64_t vocab, Address labels, float temperature,
              Address temperatures) {
-  return {pointer<const void>(logits),    stride, static_cast<Dtype>(dtype), rows, vocab,
-          pointer<const int64_t>(labels), false,  temperature,               pointer<const float>(temperatures)};
+  return {pointer<const void>(logits),
+          stride,
+          static_cast<Dtype>(dtype),
+          rows,
+          vocab,
+          pointer<const int64_t>(labels),
+          false,
+          temperature,
+          pointer<const float>(temperatures)};
 }
 
 void bind_steps(py::module_& m) {
@@ -48,10 +55,11 @@ void bind_steps(py::module_& m) {
       [](Address logits, int64_t stride, int dtype, int64_t rows, int64_t vocab, Address labels, float temperature,
          Address temperatures, int64_t count, Address moves, Address stats, Address slopes, Address entropy_slopes,
          Address grad, int64_t grad_stride, Address stream) {
-        return row_grads({head_of(logits, stride, dtype, rows, vocab, labels, temperature, temperatures), count,
-                          pointer<const int64_t>(moves), pointer<const double>(stats), pointer<const double>(slopes),
-                          pointer<const double>(entropy_slopes), 0.0, nullptr, nullptr, pointer<void>(grad), grad_stride},
-                         stream_of(stream));
+        return row_grads(
+            {head_of(logits, stride, dtype, rows, vocab, labels, temperature, temperatures), count,
+             pointer<const int64_t>(moves), pointer<const double>(stats), pointer<const double>(slopes),
+             pointer<const double>(entropy_slopes), 0.0, nullptr, nullptr, pointer<void>(grad), grad_stride},
+            stream_of(stream));
       },
       "Gradients of some rows of logits, one after the other.");
   m.def(
@@ -61,15 +69,14 @@ void bind_steps(py::module_& m) {
          float ratio_high, float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl,
          float entropy_coef, float temperature, int objective, float importance_cap, Address loss, Address kl_out,
          Address clipped, Address slopes, Address stream) {
-        return loss_terms({token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs),
-                           pointer<const float>(logprobs_in), pointer<const float>(entropy),
-                           pointer<const double>(weights), true, nullptr, pointer<const int64_t>(cu_seqlens), rows,
-                           responses,
-                           loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl,
-                                     entropy_coef, temperature, objective, importance_cap),
-                           pointer<float>(loss), pointer<float>(kl_out), pointer<bool>(clipped),
-                           pointer<double>(slopes)},
-                          stream_of(stream));
+        return loss_terms(
+            {token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs), pointer<const float>(logprobs_in),
+             pointer<const float>(entropy), pointer<const double>(weights), true, nullptr,
+             pointer<const int64_t>(cu_seqlens), rows, responses,
+             loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl, entropy_coef,
+                       temperature, objective, importance_cap),
+             pointer<float>(loss), pointer<float>(kl_out), pointer<bool>(clipped), pointer<double>(slopes)},
+            stream_of(stream));
       },
       "Log-probabilities and weights of live tokens -> their losses and slopes.");
 }
@@ -103,14 +110,21 @@ void bind_cuda(py::module_& m) {
          float entropy_coef, float temperature, int objective, float importance_cap, Address loss, Address logprobs_out,
          Address entropy, Address clip_fraction, Address kl_out, int form, const py::function& workspace,
          Address stream) {
-        const PolicyLoss args = {
-            head_of(logits, logits_stride, dtype, rows, vocab, labels, temperature, 0), pointer<void>(grad), grad_stride,
-            responses, token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs),
-            pointer<const bool>(mask), pointer<const int64_t>(cu_seqlens),
-            loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl, entropy_coef, temperature,
-                      objective, importance_cap),
-            pointer<float>(loss), pointer<float>(logprobs_out), pointer<float>(entropy), pointer<float>(clip_fraction),
-            pointer<float>(kl_out), static_cast<Form>(form)};
+        const PolicyLoss args = {head_of(logits, logits_stride, dtype, rows, vocab, labels, temperature, 0),
+                                 pointer<void>(grad),
+                                 grad_stride,
+                                 responses,
+                                 token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs),
+                                 pointer<const bool>(mask),
+                                 pointer<const int64_t>(cu_seqlens),
+                                 loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl,
+                                           entropy_coef, temperature, objective, importance_cap),
+                                 pointer<float>(loss),
+                                 pointer<float>(logprobs_out),
+                                 pointer<float>(entropy),
+                                 pointer<float>(clip_fraction),
+                                 pointer<float>(kl_out),
+                                 static_cast<Form>(form)};
         const Form chosen = form_of(args);
         const Address memory = workspace(workspace_of(args, chosen)).cast<Address>();
         return policy_loss(args, chosen, pointer<void>(memory), stream_of(stream));

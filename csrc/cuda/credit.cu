@@ -1,8 +1,7 @@
 // The blocks of the first response of each group do all of the group; all others leave at once. So responses need no
-// order, nothing is kept in memory between steps, and no block waits for another. Statistics are float64 and made in two
-// passes; every block of a group makes them for itself.
+// order, nothing is kept in memory between steps, and no block waits for another. Statistics are float64 and made in
+// two passes; every block of a group makes them for itself.
 #include "cuda/credit.h"
-
 #include "cuda/device.cuh"
 
 namespace capo::cuda {
@@ -12,8 +11,8 @@ using device::kLanes;
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kParts = 2;     // blocks that write the tokens of a group
-constexpr int kEach = 4;      // ids a thread looks at in one go
+constexpr int kParts = 2;  // blocks that write the tokens of a group
+constexpr int kEach = 4;   // ids a thread looks at in one go
 constexpr int kChunk = kThreads * kEach;
 constexpr int kMembers = 2 * kChunk;  // of a group, at a time
 
@@ -473,7 +472,8 @@ advantages_of_groups(const CreditArgs a) {
 int credit(const CreditArgs& args, void* stream) {
   return device::launch(
       advantages_of_groups,
-      {args.responses * kParts, kThreads, static_cast<int>(sizeof(Memory)), 1, static_cast<cudaStream_t>(stream)}, args);
+      {args.responses * kParts, kThreads, static_cast<int>(sizeof(Memory)), 1, static_cast<cudaStream_t>(stream)},
+      args);
 }
 
 }  // namespace capo::cuda

@@ -1,8 +1,7 @@
 // Launches: counts and weights of the tokens, the rows, the metrics. Dead rows are not read.
-#include "cuda/policy_loss.h"
-
 #include <algorithm>
 
+#include "cuda/policy_loss.h"
 #include "cuda/rows.cuh"
 
 namespace capo::cuda {
@@ -17,10 +16,10 @@ constexpr int kMostBlocks = 8;  // of a cluster, on any device that has clusters
 // Lies in the workspace; the first two are set to zero by every call.
 struct Workspace {
   unsigned long long* active;  // [1] number of unmasked tokens
-  double* weights;             // [N] of each token in the loss, 0 for the dead; to be divided by `active` for token means
-  float *loss, *kl;            // [N] before weights
-  bool* clipped;               // [N]
-  double *stats, *slopes;      // [N, kRowStats], [N]; in steps
+  double* weights;         // [N] of each token in the loss, 0 for the dead; to be divided by `active` for token means
+  float *loss, *kl;        // [N] before weights
+  bool* clipped;           // [N]
+  double *stats, *slopes;  // [N, kRowStats], [N]; in steps
   void* tiles;
 
   Workspace(void* memory, int64_t rows) {
@@ -186,7 +185,9 @@ loss_of_rows_on_chip(const LossRows a) {
 
 template <Dtype kType>
 CAPO_KERNEL(kWarpsOfRow* kLanes, 1)
-loss_of_rows_in_two_passes(const LossRows a) { loss_of_row<kType, false, kWarpsOfRow>(a); }
+loss_of_rows_in_two_passes(const LossRows a) {
+  loss_of_row<kType, false, kWarpsOfRow>(a);
+}
 
 // Sums over the tokens, by one block.
 CAPO_KERNEL(kWarpsOfRow* kLanes, 1)
@@ -239,7 +240,8 @@ Cluster cluster_of(const Head& head, int64_t most) {
   for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
     const int64_t each = (tiles + blocks - 1) / blocks;
     const int64_t memory = memory_of_row(tiles) + each * kTile * size_of(head.dtype);
-    if (memory <= (blocks < kMostBlocks ? std::min(wanted, most) : most)) return {blocks, each, static_cast<int>(memory)};
+    if (memory <= (blocks < kMostBlocks ? std::min(wanted, most) : most))
+      return {blocks, each, static_cast<int>(memory)};
   }
   return {0, 0, 0};
 }
@@ -252,11 +254,12 @@ int loss_of_rows(const PolicyLoss& args, Form form, const Workspace& w, cudaStre
     if (form == Form::kOnChip) {
       const Cluster cluster = cluster_of(head, device::most_memory());
       const LossRows rows = {args, w, rate, cluster.blocks, cluster.tiles_of_block};
-      return device::launch(on_chip, {head.rows * cluster.blocks, kThreads, cluster.memory, cluster.blocks, stream}, rows);
+      return device::launch(on_chip, {head.rows * cluster.blocks, kThreads, cluster.memory, cluster.blocks, stream},
+                            rows);
     }
     const LossRows rows = {args, w, rate, 1, tiles};
-    return device::launch(
-        two_passes, {head.rows, kWarpsOfRow * kLanes, static_cast<int>(memory_of_row(tiles)), 1, stream}, rows);
+    return device::launch(two_passes,
+                          {head.rows, kWarpsOfRow * kLanes, static_cast<int>(memory_of_row(tiles)), 1, stream}, rows);
   };
   switch (head.dtype) {
     case Dtype::kFloat32:
@@ -300,8 +303,8 @@ size_t workspace_of(const PolicyLoss& args, Form form) {
 int policy_loss(const PolicyLoss& args, Form form, void* workspace, Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const Workspace w(workspace, args.head.rows);
-  int error = device::clear(workspace, static_cast<size_t>(reinterpret_cast<char*>(w.loss) - static_cast<char*>(workspace)),
-                            on);
+  int error = device::clear(workspace,
+                            static_cast<size_t>(reinterpret_cast<char*>(w.loss) - static_cast<char*>(workspace)), on);
   if (error != 0) return error;
   error = device::launch(weights_of_tokens, {args.responses, kThreads, 12 * kWarps, 1, on}, args, w);
   if (error != 0) return error;

@@ -1,6 +1,5 @@
-#include "cuda/rows.h"
-
 #include "cuda/rows.cuh"
+#include "cuda/rows.h"
 
 namespace capo::cuda {
 namespace {
@@ -230,16 +229,16 @@ int read_rows(const Head& head, const Live& live, const RowResults& results, voi
 
 int row_logprobs(const Head& head, const double* stats, float* logprobs, float* entropy, Stream stream) {
   return device::launch(logprobs_of_stats,
-                        {blocks_of(head.rows, kThreads), kThreads, 0, 1, static_cast<cudaStream_t>(stream)}, head, stats,
-                        logprobs, entropy);
+                        {blocks_of(head.rows, kThreads), kThreads, 0, 1, static_cast<cudaStream_t>(stream)}, head,
+                        stats, logprobs, entropy);
 }
 
 int row_grads(const RowGrads& args, Stream stream) {
   const int64_t splits = splits_of(args.head.vocab);
   return by_dtype(args.head.dtype, [&]<Dtype kType>() -> int {
-    return device::launch(
-        gradient_of_rows<kType>,
-        {args.count * splits, kThreads, sizeof(GradFactors), 1, static_cast<cudaStream_t>(stream)}, args, splits);
+    return device::launch(gradient_of_rows<kType>,
+                          {args.count * splits, kThreads, sizeof(GradFactors), 1, static_cast<cudaStream_t>(stream)},
+                          args, splits);
   });
 }
 
@@ -247,8 +246,8 @@ int loss_terms(const LossTerms& args, Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (args.rule.ratio == Ratio::kToken)
     return device::launch(terms_of_tokens, {blocks_of(args.rows, kThreads), kThreads, 0, 1, on}, args);
-  return device::launch(terms_of_responses, {args.responses, kThreads, kWarps * static_cast<int>(sizeof(double)), 1, on},
-                        args);
+  return device::launch(terms_of_responses,
+                        {args.responses, kThreads, kWarps * static_cast<int>(sizeof(double)), 1, on}, args);
 }
 
 }  // namespace capo::cuda

@@ -18,17 +18,28 @@ constexpr int kTile = 1024;  // columns
 CAPO_HD int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 struct TileStats {
-  float top, sum, centred;
+  float top;
+  double sum, centred;
 };
 
 CAPO_DEVICE float infinity() { return device::bits_to_float(0x7f800000u); }
 CAPO_DEVICE float not_a_number() { return device::bits_to_float(0x7fc00000u); }
 
+template <typename T>
+struct TypeIs {
+  using Type = T;
+};
+template <Dtype kType>
+struct SumOfLanes : TypeIs<float> {};
+template <>
+struct SumOfLanes<Dtype::kFloat32> : TypeIs<double> {};
+
 template <Dtype kType>
 struct Format {
+  using Sum = typename SumOfLanes<kType>::Type;
   static constexpr int kSize = kType == Dtype::kFloat32 ? 4 : 2;
-  static constexpr int kWidth = 16 / kSize;                      // columns in a vector
-  static constexpr int kVectors = kTile / (kLanes * kWidth);     // of a tile, in one lane
+  static constexpr int kWidth = 16 / kSize;                   // columns in a vector
+  static constexpr int kVectors = kTile / (kLanes * kWidth);  // of a tile, in one lane
   static constexpr int kPerWord = 4 / kSize;
 
   CAPO_DEVICE static float value(const Vector& x, int i) {
@@ -113,6 +124,7 @@ struct Exponent {
 template <Dtype kType>
 struct Tile {
   using F = Format<kType>;
+  using Sum = typename F::Sum;
   Vector data[F::kVectors];
 
   CAPO_DEVICE static int64_t column(int64_t tile, int k, int lane) {
@@ -167,7 +179,7 @@ struct Tile {
       sum[k] = pairwise(e);
       centred[k] = pairwise(m);
     }
-    float total = pairwise(sum), total_centred = pairwise(centred);
+    Sum total = pairwise(sum), total_centred = pairwise(centred);
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) {
       total += device::shuffle_xor(total, mask);
@@ -224,8 +236,12 @@ struct GradFactors {
 
 CAPO_SLOW GradFactors grad_factors(const Row& row, double g, double h, float temperature, int64_t label) {
   const RowFactors exact = row_factors(row, g, h, temperature);
-  GradFactors how = {row.stats.top,   static_cast<float>(exact.alpha), static_cast<float>(exact.beta),
-                     exact.label_grad, g == 0.0 && h == 0.0,            label};
+  GradFactors how = {row.stats.top,
+                     static_cast<float>(exact.alpha),
+                     static_cast<float>(exact.beta),
+                     exact.label_grad,
+                     g == 0.0 && h == 0.0,
+                     label};
   const bool finite = isfinite(exact.alpha) && isfinite(exact.beta) && isfinite(exact.label_grad);
   if (!finite && !how.zero) how.alpha = how.label_grad = not_a_number();
   return how;

@@ -16,8 +16,8 @@ struct Head {
   int64_t stride;      // elements from row to row
   Dtype dtype;
   int64_t rows, vocab;
-  const int64_t* labels;      // [rows]
-  bool partial;               // -1: not in this part of the vocabulary; else a label outside of it gives NaN
+  const int64_t* labels;  // [rows]
+  bool partial;           // -1: not in this part of the vocabulary; else a label outside of it gives NaN
   float temperature;
   const float* temperatures;  // [rows], or null: `temperature` for all
 };
@@ -46,14 +46,14 @@ int row_logprobs(const Head& head, const double* stats, float* logprobs, float* 
 struct RowGrads {
   Head head;
   int64_t count;
-  const int64_t* rows;           // [count]: row rows[i] of the logits gives row i of the gradient; null: i
-  const double* stats;           // this and all below: by row of the logits
+  const int64_t* rows;  // [count]: row rows[i] of the logits gives row i of the gradient; null: i
+  const double* stats;  // this and all below: by row of the logits
   const double* slopes;
   const double* entropy_slopes;  // or null: -entropy_coef * weight
   double entropy_coef;
-  const double* weights;               // or null: all are live
-  const unsigned long long* active;    // or null: by what all weights are divided
-  void* grad;                          // [count, V]; may be the logits if rows[i] is i or i is not among the rows
+  const double* weights;             // or null: all are live
+  const unsigned long long* active;  // or null: by what all weights are divided
+  void* grad;                        // [count, V]; may be the logits if rows[i] is i or i is not among the rows
   int64_t grad_stride;
 };
 int row_grads(const RowGrads& args, Stream stream);
