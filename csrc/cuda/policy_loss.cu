@@ -102,8 +102,7 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
   char* const grad = l.grad == nullptr ? nullptr : row_at<kType>(l.grad, row, l.grad_stride);
   double weight = a.w.weights[row];
   if (weight == 0.0) {
-    if (grad != nullptr)
-      for (int64_t tile = first; tile < last; tile += kRowWarps) write_zeros<kType>(grad, tile, vocab, lane);
+    if (grad != nullptr) write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
     if (rank == 0 && device::thread() == 0) l.logprobs[row] = l.entropy[row] = 0.f;
     return;
   }
@@ -160,14 +159,11 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
   if (grad == nullptr) return;
   device::sync_block();
   const GradFactors factors = *how;
+  if (factors.zero) return write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
   exponent.set_top(factors.top);
   // From the last to the first: what was read last is nearest.
   for (int64_t tile = first + (last - 1 - first) / kRowWarps * kRowWarps; tile >= first && tile < last;
        tile -= kRowWarps) {
-    if (factors.zero) {
-      write_zeros<kType>(grad, tile, vocab, lane);
-      continue;
-    }
     Tile<kType> z;
     if constexpr (kOnChip)
       z.get(kept + (tile - rank * a.tiles_of_block) * kBytes, lane);

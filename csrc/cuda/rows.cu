@@ -110,17 +110,14 @@ gradient_of_rows(const RowGrads a, int64_t splits) {
   }
   device::sync_block();
   const GradFactors how = *shared;
+  if (how.zero) return write_zeros<kType>(grad, first + warp, last, kWarps, head.vocab, lane);
   const char* const logits = row_at<kType>(head.logits, row, head.stride);
   Exponent<kType> exponent(rate_of(temperature_of(head, row), kType));
   exponent.set_top(how.top);
   for (int64_t tile = last - 1 - warp; tile >= first; tile -= kWarps) {
-    if (how.zero) {
-      write_zeros<kType>(grad, tile, head.vocab, lane);
-    } else {
-      Tile<kType> z;
-      z.template read<false>(logits, tile, head.vocab, lane);
-      write_gradient(z, grad, tile, head.vocab, exponent, how, lane);
-    }
+    Tile<kType> z;
+    z.template read<false>(logits, tile, head.vocab, lane);
+    write_gradient(z, grad, tile, head.vocab, exponent, how, lane);
   }
 }
 

@@ -280,12 +280,20 @@ CAPO_DEVICE void write_gradient(const Tile<kType>& z, char* row, int64_t tile, i
       const float e = exponent(F::value(z.data[k], i), t);
       x[i] = e * fmaf(how.beta, t, how.alpha);
     }
-    const uint64_t own = static_cast<uint64_t>(how.label - first);
-    if (own < F::kWidth)
-#pragma unroll
-      for (int i = 0; i < F::kWidth; ++i) x[i] = own == static_cast<uint64_t>(i) ? how.label_grad : x[i];
     write_vector<kType>(row, first, vocab, direct, F::pack(x));
   }
+  // Over what the same lane just wrote.
+  const uint64_t place = static_cast<uint64_t>(how.label - tile * kTile);
+  if (place < kTile && static_cast<int>(place / F::kWidth % kLanes) == lane) {
+    const float own[F::kWidth] = {how.label_grad};
+    store_part<kType>(row + how.label * F::kSize, 0, 1, F::pack(own));
+  }
+}
+
+// Zeros in the tiles first, first + step ... below last.
+template <Dtype kType>
+CAPO_DEVICE void write_zeros(char* row, int64_t first, int64_t last, int64_t step, int64_t vocab, int lane) {
+  for (int64_t tile = first; tile < last; tile += step) write_zeros<kType>(row, tile, vocab, lane);
 }
 
 }  // namespace capo
