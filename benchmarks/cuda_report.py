@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -89,7 +90,7 @@ def usual(lines: list[str]) -> list[str]:
 
 
 def loops_of(sass: str) -> dict[str, float]:
-    """Instructions per logit of the largest loop that writes and the largest that does not."""
+    """Instructions per logit of the innermost loop over logits that writes and the one that does not."""
     lines, labels, loops = sass.splitlines(), {}, {}
     for number, line in enumerate(lines):
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -99,9 +100,9 @@ def loops_of(sass: str) -> dict[str, float]:
             continue
         body = usual(lines[labels[branch[1]] : number + 1])
         exponentials = sum("MUFU.EX2" in text for text in body)
-        what = "gradient" if any("STG" in text for text in body) else "sums"
-        if exponentials >= 16 and exponentials > loops.get(what, (0, 0))[0]:
-            loops[what] = exponentials, len(body) / exponentials
+        what = "gradient" if sum("STG" in text for text in body) >= 4 else "sums"  # the sums of a tile are stored, too
+        if exponentials >= 16 and len(body) < loops.get(what, (math.inf, 0))[0]:
+            loops[what] = len(body), len(body) / exponentials
     return {what: each for what, (_, each) in loops.items()}
 
 
@@ -115,7 +116,7 @@ def compiled(file: str, target: str) -> list[Kernel]:
             raise RuntimeError(f"{source}: {done.stderr[-4000:]}")
         tool = nvdisasm()
         sass = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout if tool else ""
-    bodies = {m[1]: m[2] for m in re.finditer(r"\.text\.(\S+):\n(.*?)(?=\n//-{5,}|\Z)", sass, re.S)}
+    bodies = {m[1]: m[2] for m in re.finditer(r"\.text\.(\S+):\n(.*?)(?=\n//-{5,}|\Z)", sass, re.DOTALL)}
     pattern = (
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers"
@@ -124,7 +125,7 @@ def compiled(file: str, target: str) -> list[Kernel]:
         Kernel(
             *name_of(mangled), int(registers), int(stores) + int(loads), int(stack), loops_of(bodies.get(mangled, ""))
         )
-        for mangled, stack, stores, loads, registers in re.findall(pattern, done.stderr, re.S)
+        for mangled, stack, stores, loads, registers in re.findall(pattern, done.stderr, re.DOTALL)
     ]
 
 
@@ -175,13 +176,12 @@ def predictions(kernels: list[Kernel]) -> str:
     # squares; then once more to write.
     looked_at = 4096 / 16 * 2 * 4096 * 8 + 2 * 3 * steps * (16 + votes) + steps * (16 + votes)
     write, look = 4 * tokens / DRAM, looked_at / L2
-    lines += [
-        "",
+    credit = (
         f"Credit of 4,096 responses of 8,192 tokens and 32 steps, groups of 16, 8 votes: {4 * tokens / 1e6:.0f} MB written in "
         f"{1e6 * write:.0f} us, {looked_at / 1e6:.0f} MB looked up in {1e6 * look:.0f} us through L2, which overlap but for the "
-        f"first blocks: {1e6 * write:.0f} to {1e6 * (write + look):.0f} us.",
-    ]
-    return "\n".join(lines)
+        f"first blocks: {1e6 * write:.0f} to {1e6 * (write + look):.0f} us."
+    )
+    return "\n".join([*lines, "", credit])
 
 
 def main() -> None:

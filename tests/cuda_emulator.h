@@ -244,6 +244,7 @@ inline uint32_t float_to_bits(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
+inline float larger_or_nan(float x, float y) { return isnan(x) || isnan(y) ? NAN : fmaxf(x, y); }
 inline float power_of_two(float x) { return x < -126.f ? 0.f : exp2f(x); }
 inline float half_to_float(uint16_t bits) {
   _Float16 x;

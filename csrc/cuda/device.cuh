@@ -103,6 +103,13 @@ CAPO_DEVICE float power_of_two(float x) {
   return result;
 }
 
+// The larger; NaN if one is.
+CAPO_DEVICE float larger_or_nan(float x, float y) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+
 CAPO_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 CAPO_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 CAPO_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }

@@ -84,7 +84,7 @@ logprobs_of_stats(const Head head, const double* stats, float* logprobs, float* 
 
 // Gradient in some tiles of one row.
 template <Dtype kType>
-CAPO_KERNEL(kThreads, 4)
+CAPO_KERNEL(kThreads, kType == Dtype::kFloat32 ? 3 : 4)
 gradient_of_rows(const RowGrads a, int64_t splits) {
   const Head& head = a.head;
   const int64_t target = device::block() / splits, split = device::block() % splits;

@@ -110,8 +110,7 @@ struct Exponent {
   CAPO_DEVICE void set_top(float x) { top = x == -infinity() ? 0.f : x; }
   // 2^t and t. For rows of 32 bits what rounding t leaves out is put right in the power.
   CAPO_DEVICE float operator()(float z, float& t) const {
-    float d = z - top;
-    d = d < lowest ? lowest : d;
+    const float d = device::larger_or_nan(z - top, lowest);
     t = d * rate;
     const float e = device::power_of_two(t);
     if constexpr (kType != Dtype::kFloat32) return e;
