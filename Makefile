@@ -19,7 +19,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 # What the native module and the list of dependencies are made of; Python files need no reinstallation.
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h')
+FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

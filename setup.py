@@ -3,6 +3,8 @@
 Environment variables read at build time:
 
     CAPO_NATIVE = auto | on | off   the C++ module: where there is a compiler (default), or an error without one, or never
+    CAPO_CUDA   = auto | on | off   the CUDA kernels in it: where there is nvcc (default), or an error without it, or never
+    CUDAARCHS                       what they are built for, as CMake has it; default 80-real;90a-real;100-real;100-virtual
 """
 
 import os
@@ -31,6 +33,23 @@ def wants_native() -> bool:
     return choice != "off" and found
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler: that of CUDACXX, on PATH, or where NVIDIA installs it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
+
+
+def wants_cuda() -> str | None:
+    """nvcc, if the CUDA kernels are to be built."""
+    choice = os.environ.get("CAPO_CUDA", "auto").lower()
+    if choice not in ("auto", "on", "off"):
+        raise SystemExit(f"CAPO_CUDA={choice!r}: expected auto, on or off")
+    found = None if choice == "off" else nvcc()
+    if choice == "on" and found is None:
+        raise SystemExit("CAPO_CUDA=on, but no nvcc was found: install the CUDA toolkit, or set CUDACXX or CUDA_HOME")
+    return found
+
+
 class CMakeBuild(build_ext):
     """Configure and build CMakeLists.txt; the module lands where setuptools expects it."""
 
@@ -38,7 +57,11 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        # An editable installation is made again and again: what did not change stays built.
+        editable = getattr(self, "editable_mode", False)
+        build = (
+            ROOT / "build" / f"editable-{sys.implementation.cache_tag}" if editable else Path(self.build_temp).resolve()
+        )
         configure = [
             "-S", str(ROOT), "-B", str(build), "-GNinja",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -46,11 +69,15 @@ class CMakeBuild(build_ext):
             f"-DCAPO_OUTPUT={output.parent}",
             f"-DCAPO_MODULE_FILE={output.name}",
         ]  # fmt: skip
+        cuda = wants_cuda()
+        configure += [f"-DCAPO_CUDA={'ON' if cuda else 'OFF'}", *([f"-DCMAKE_CUDA_COMPILER={cuda}"] if cuda else [])]
         # Without build isolation and outside of an activated environment, its cmake and ninja are not on PATH.
         env = os.environ | {"PATH": os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])}
         cmake = shutil.which("cmake", path=env["PATH"])
         if cmake is None:
             raise SystemExit("capo: no cmake: pip install cmake ninja pybind11, or build with build isolation")
+        ninja = shutil.which("ninja", path=env["PATH"])
+        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         subprocess.check_call([cmake, *configure], env=env)
         subprocess.check_call([cmake, "--build", str(build)], env=env)
 

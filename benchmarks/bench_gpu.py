@@ -116,6 +116,24 @@ def liger_loss():
     return call
 
 
+def by(backend: str, make: Callable) -> Callable[[], Callable]:
+    """A variant of one backend; it is left out where that cannot run."""
+
+    def variant():
+        reason = capo.backends.why_not(backend, "cuda")
+        if reason is not None:
+            raise ImportError(reason)
+        call = make()
+
+        def run(x: Inputs):
+            with capo.use_backend(backend):
+                return call(x)
+
+        return run
+
+    return variant
+
+
 def copy(x: Inputs):
     """The ceiling: one read and one write of the logits."""
     if not hasattr(x, "target"):
@@ -125,15 +143,21 @@ def copy(x: Inputs):
 
 VARIANTS: dict[str, Callable[[], Callable]] = {
     "copy_": lambda: copy,
-    "capo": lambda: with_gradient(capo_loss),
-    "capo, in place": lambda: capo_inplace,
-    "capo, no gradient": lambda: lambda x: capo.logprobs(x.logits, x.labels),
+    **{
+        f"capo {backend}{what}": by(backend, make)
+        for backend in ("native", "triton")
+        for what, make in {
+            "": lambda: with_gradient(capo_loss),
+            ", in place": lambda: capo_inplace,
+            ", no gradient": lambda: lambda x: capo.logprobs(x.logits, x.labels),
+        }.items()
+    },
     "eager": lambda: with_gradient(eager_loss),
     "torch.compile": lambda: with_gradient(torch.compile(eager_loss, dynamic=False)),
     "TRL": trl_loss,
     "Liger": liger_loss,
 }
-WITHOUT_GRADIENT = ("copy_", "capo, no gradient")
+WITHOUT_GRADIENT = ("copy_", "capo native, no gradient", "capo triton, no gradient")
 
 
 def gradient_error(call: Callable, dtype: torch.dtype) -> float:
@@ -172,7 +196,7 @@ def measure(name: str, call: Callable, x: Inputs, live: float, repeats: int) -> 
     spent = sorted(times(call, x, restore, repeats))
     peak = torch.cuda.max_memory_allocated() - before - 256 * 2**20
     median = statistics.median(spent)
-    moved = x.logits.nbytes * (1 if name == "capo, no gradient" else 2)
+    moved = x.logits.nbytes * (1 if "no gradient" in name else 2)
     return {
         "variant": name, "live": live, "rows": x.logits.shape[0], "vocab": x.logits.shape[1],
         "dtype": str(x.logits.dtype).removeprefix("torch."), "median_ms": round(median, 4),
@@ -190,7 +214,7 @@ def main() -> None:
     parser.add_argument("--skip-tests", action="store_true", help="for a look only: nothing is written")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("bench_gpu.py: needs a GPU; gpu_report.py says what is predicted for one")
+        sys.exit("bench_gpu.py: needs a GPU; gpu_report.py and cuda_report.py say what is predicted for one")
     if not options.skip_tests:
         gate = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
         if subprocess.run(gate, cwd=HERE.parent, check=False).returncode:
@@ -215,7 +239,7 @@ def main() -> None:
                 print(f"{name}, live {live}: out of memory")
                 continue
             rows.append({**row, "gradient_error": error, "gpu": gpu, "torch": torch.__version__})
-            print("{variant:20} live {live:<5} {median_ms:9.3f} ms {gb_per_s:6} GB/s {peak_mb:7} MB".format(**row))
+            print("{variant:26} live {live:<5} {median_ms:9.3f} ms {gb_per_s:6} GB/s {peak_mb:7} MB".format(**row))
             del x
     if options.skip_tests:
         return

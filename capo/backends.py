@@ -2,7 +2,7 @@
 
 A backend is a namespace with one function per op, the same names and signatures in each:
 
-    native   capo.native      C++ for CPU tensors
+    native   capo.native      C++ for CPU tensors; capo.cuda: CUDA C++ for GPU tensors
     triton   capo.kernels     Triton for GPU tensors; for CPU tensors under its interpreter (TRITON_INTERPRET=1), for tests
     torch    capo.reference   plain PyTorch, everywhere
 
@@ -41,6 +41,8 @@ def why_not(backend: str, device_type: str) -> str | None:
         except ImportError as error:
             return f"the native module is not there ({error}); reinstall with a C++ compiler"
         native.isa()
+        if device_type == "cuda":
+            return importlib.import_module("capo.cuda").why_not()
         return None if device_type == "cpu" else f"the native module has no kernels for {device_type}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -91,7 +93,8 @@ def kernel(name: str, device: torch.device) -> Callable:
     """
     candidates = available(device.type) if _wanted() == "auto" else (chosen(device.type),)
     for backend in candidates:
-        function = getattr(importlib.import_module(BACKENDS[backend]), name, None)
+        module = "capo.cuda" if (backend, device.type) == ("native", "cuda") else BACKENDS[backend]
+        function = getattr(importlib.import_module(module), name, None)
         if function is not None:
             return function
     raise RuntimeError(f"backend {candidates[-1]!r} has no {name!r} yet; leave the choice to 'auto', or use 'torch'")

@@ -27,6 +27,7 @@ def report(console: Console | None = None) -> None:
     console = console or Console()
     console.print(f"capo {capo.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     console.print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, instruction set: {_isa()}")
+    console.print(f"CUDA kernels: {_architectures()}", markup=False)
     table = Table("device", "backend", "state")
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         for name in backends.BACKENDS:
@@ -64,6 +65,14 @@ def _isa() -> str:
     except ImportError:
         return "none (no native module)"
     return _native.isa() if hasattr(_native, "isa") else "unknown"
+
+
+def _architectures() -> str:
+    try:
+        from capo import cuda
+    except ImportError:
+        return "none (no native module)"
+    return f"built for {', '.join(cuda.architectures())}" if cuda.architectures() else "none (built without nvcc)"
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,6 @@
 // capo._native: the table of contents of this folder. Tensors arrive as addresses (0 for none); capo/native.py makes
 // them.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
 #include "cpu/credit.h"
 #include "cpu/policy_loss.h"
@@ -12,13 +12,6 @@ namespace py = pybind11;
 using namespace capo;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // A Python string as UTF-8; halves of characters, which have none, as three bytes each. `owner` keeps it alive.
 std::string_view utf8(const py::handle text, py::object& owner) {
@@ -68,27 +61,6 @@ py::object pack_ids(const py::list& ids, int64_t limit) {
     out[i] = static_cast<int32_t>(value);
   }
   return std::move(packed);
-}
-
-TokenValues token_values(Address advantages, Address old_logprobs, Address ref_logprobs, Address rollout_logprobs) {
-  return {pointer<const float>(advantages), pointer<const float>(old_logprobs), pointer<const float>(ref_logprobs),
-          pointer<const float>(rollout_logprobs)};
-}
-
-LossRule loss_rule(float ratio_low, float ratio_high, float clip_dual, int ratio, int reduce, float constant,
-                   float kl_coef, int kl, float entropy_coef, float temperature, int objective, float importance_cap) {
-  return {ratio_low,
-          ratio_high,
-          clip_dual,
-          static_cast<Ratio>(ratio),
-          static_cast<Reduce>(reduce),
-          constant,
-          kl_coef,
-          kl_coef > 0.f ? static_cast<Kl>(kl) : Kl::kNone,
-          entropy_coef,
-          temperature,
-          static_cast<Objective>(objective),
-          importance_cap};
 }
 
 HeadRows head_rows(Address logits, int64_t stride, int dtype, int64_t vocab, Address labels, float temperature,
@@ -257,4 +229,9 @@ PYBIND11_MODULE(_native, m) {
 
   bind_head(m);
   bind_text(m);
+#ifdef CAPO_CUDA_ARCHITECTURES
+  py::module_ cuda = m.def_submodule("cuda", "CUDA kernels of capo; called through capo.cuda");
+  cuda.attr("architectures") = CAPO_CUDA_ARCHITECTURES;
+  bind_cuda(cuda);
+#endif
 }

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import emulated
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 PAIRS = [(device, backend) for device in DEVICES for backend in backends.available(device)]
+if backends.why_not("native", "cpu") is None and emulated.compiler() is not None:
+    PAIRS.append(("cpu", "emulated"))  # the CUDA kernels
 
 # The interpreter needs some 10 ms a row: it runs these tests only, and of their cases every n-th or those with one of
 # these in their names.
@@ -87,6 +90,9 @@ def pytest_collection_modifyitems(config, items):
         if "-triton" in item.nodeid and "test_linear" in item.nodeid:  # that backend lacks the rows of the linear loss
             left_out.append(item)
             continue
+        if "cpu-emulated" in item.nodeid and ("compile" in item.nodeid or "opcheck" in item.nodeid):
+            left_out.append(item)  # about the ops, which are the same for all backends
+            continue
         if "cpu-triton" not in item.nodeid:
             kept.append(item)
             continue
@@ -106,6 +112,9 @@ def pytest_collection_modifyitems(config, items):
 def device(request, monkeypatch):
     """Run the test on every device with every backend that runs there; values are checked on each."""
     name, backend = request.param
+    if backend == "emulated":
+        monkeypatch.setattr("capo.cuda._module", emulated.module())
+        monkeypatch.setitem(backends.BACKENDS, "emulated", "capo.cuda")
     monkeypatch.setenv("CAPO_CHECK", "1")
     with backends.use_backend(backend):
         yield torch.device(name)

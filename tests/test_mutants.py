@@ -93,19 +93,36 @@ TOKEN_LOSS = [
     Mutant("k3 slope sign", OPTIONS, "0.f : -e", "0.f : e"),
     Mutant("kl slope without coefficient", OPTIONS, "rule.kl_coef * slope", "slope"),
     Mutant("entropy sign in the loss", OPTIONS, "out.loss -= rule.entropy", "out.loss += rule.entropy"),
+    Mutant("NaN hidden on-policy", LOSS + "test_nan_shows", "0.f + (isnan(logp) ? logp : 0.f)", "0.f"),
+    Mutant("mismatch against the new policy", OPTIONS, "old - values.rollout", "t.logp - values.rollout"),
+    Mutant(
+        "on-policy mismatch without logp",
+        LOSS + "test_importance_on_policy",
+        "nullptr ? t.logp : values.old",
+        "nullptr ? 0.f : values.old",
+    ),
+    Mutant(
+        "kl of tokens without advantage dropped",
+        LOSS + "test_with_kl_or_entropy_no_unmasked_token_is_dead",
+        "rule.kl != Kl::kNone || rule.entropy_coef != 0.f",
+        "rule.entropy_coef != 0.f",
+    ),
 ]
 
-ROW_LOSS = [
+ROW_FORMULAS = [
     Mutant("no off-label gradient", OPTIONS, "s * (h * mean - g) / sum", "0.0"),
     Mutant("off-label gradient flipped", OPTIONS, "s * (h * mean - g) / sum", "s * (h * mean + g) / sum"),
-    Mutant("label gradient halved", OPTIONS, "s * (g * -std::expm1", "s * (0.5 * g * -std::expm1"),
-    Mutant("entropy sign in the gradient", OPTIONS, "h = -static_cast<double>", "h = static_cast<double>"),
+    Mutant("label gradient halved", OPTIONS, "s * (g * -expm1", "s * (0.5 * g * -expm1"),
     Mutant("entropy not centred", OPTIONS, "s * (h * mean - g)", "s * -g"),
-    Mutant("entropy not centred at the label", OPTIONS, "std::log(sum) - mean : 0.0", "std::log(sum) : 0.0"),
+    Mutant("entropy not centred at the label", OPTIONS, "log(sum) - mean : 0.0", "log(sum) : 0.0"),
     Mutant("no entropy gradient", OPTIONS, "how.beta = -s * h * kLn2 / sum", "how.beta = 0.0"),
     Mutant("entropy without its second term", OPTIONS, "log_sum - row.stats.centred / row.stats.sum", "log_sum"),
     Mutant("temperature dropped in the gradient", OPTIONS, "s = 1.0 / temperature", "s = 1.0"),
     Mutant("temperature dropped in logp", LOGPROBS, "1.0 / (kLn2 * temperature)", "(void(temperature), 1.0 / kLn2)"),
+]
+
+ROW_LOSS = [
+    Mutant("entropy sign in the gradient", OPTIONS, "h = -static_cast<double>", "h = static_cast<double>"),
     Mutant("mask ignored", OPTIONS, "return args.mask == nullptr || args.mask[row];", "return row >= 0;"),
     Mutant(
         "mask shifted by one",
@@ -129,12 +146,6 @@ ROW_LOSS = [
         "counts[i] += args.values.advantages[row] != 0.f;",
     ),
     Mutant("dead tokens read", DEAD, "other_terms || args.values.advantages[row] != 0.f;", "true;"),
-    Mutant(
-        "kl of tokens without advantage dropped",
-        LOSS + "test_with_kl_or_entropy_no_unmasked_token_is_dead",
-        "rule.kl != Kl::kNone || rule.entropy_coef != 0.f",
-        "rule.entropy_coef != 0.f",
-    ),
     Mutant("one response too few", OPTIONS, "static_cast<double>(args.responses))", "(args.responses - 1.0))"),
     Mutant("token mean over all rows", OPTIONS, "1.0 / static_cast<double>(num_active)", "1.0 / args.rows"),
     Mutant("constant ignored", OPTIONS, "static_cast<double>(args.rule.constant)", "static_cast<double>(num_active)"),
@@ -152,14 +163,6 @@ ROW_LOSS = [
         NO_LABEL,
         "live(row) && logprobs[row] != -std::numeric_limits<float>::infinity()",
         "live(row)",
-    ),
-    Mutant("NaN hidden on-policy", LOSS + "test_nan_shows", "0.f + (std::isnan(logp) ? logp : 0.f)", "0.f"),
-    Mutant("mismatch against the new policy", OPTIONS, "old - values.rollout", "t.logp - values.rollout"),
-    Mutant(
-        "on-policy mismatch without logp",
-        LOSS + "test_importance_on_policy",
-        "nullptr ? t.logp : values.old",
-        "nullptr ? 0.f : values.old",
     ),
     Mutant(
         "logits overwritten before they are read again",
@@ -589,6 +592,7 @@ UPDATES = [
 
 FILES = {
     "csrc/common/policy_loss.h": TOKEN_LOSS,
+    "csrc/common/rows.h": ROW_FORMULAS,
     "csrc/cpu/policy_loss.cpp": ROW_LOSS,
     "csrc/cpu/simd/rows.cpp": ROWS,
     "csrc/cpu/simd/vec.h": VECTORS,
@@ -613,6 +617,7 @@ MUTANTS = {f"{Path(file).name}: {mutant.name}": (file, mutant) for file, mutants
 SOURCES = ["bindings.cpp", "cpu/credit.cpp", "cpu/dispatch.cpp", "cpu/policy_loss.cpp", "cpu/simd/rows.cpp"]
 INCLUDED_BY = {
     "common/policy_loss.h": "cpu/policy_loss.cpp",
+    "common/rows.h": "cpu/policy_loss.cpp",
     "common/credit.h": "cpu/credit.cpp",
     "cpu/simd/vec.h": "cpu/simd/rows.cpp",
 }

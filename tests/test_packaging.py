@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE = backends.why_not("native", "cpu") is None
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CLEAN = {name: value for name, value in os.environ.items() if not re.match("CAPO_|PYTEST_|PYTHON", name)}
+CLEAN["CAPO_CUDA"] = "off"  # test_cuda_build.py builds with nvcc
 
 TINY_STEP = """
 import torch, capo

@@ -1,5 +1,6 @@
 // Step weights, and the names of the credit rules: shared by host and device. Formulas: capo.reference.
 #pragma once
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -19,6 +20,20 @@ struct CreditRule {
   double std_floor;
   double clamp;  // or infinity
   Reward reward;
+};
+
+struct CreditArgs {
+  const float* outcomes;      // [B]
+  const int8_t* votes;        // [M, K]
+  const int64_t* starts;      // [M]
+  const int64_t* ends;        // [M]
+  const int64_t* cu_steps;    // [B + 1]
+  const int64_t* cu_seqlens;  // [B + 1]
+  const int64_t* groups;      // [B]
+  float* advantages;          // [N]
+  int64_t responses, steps, votes_per_step, tokens;
+  CreditRule rule;
+  int num_threads;  // of the CPU
 };
 
 // Counts of one step's votes: n valid, c of them flagging; foreign: some number among them is no vote.
@@ -61,6 +76,30 @@ CAPO_HD double step_weight(int64_t n, int64_t c, Vote vote) {
     default:
       return static_cast<double>(c) / static_cast<double>(n);
   }
+}
+
+// The reward of a token outside all steps.
+CAPO_HD double base_reward(const CreditRule& rule, double outcome, bool any_flagged) {
+  const double c = rule.outcome_weight, p = rule.process_weight;
+  switch (rule.reward) {
+    case Reward::kPrefix:
+      return outcome > 0.0 ? c : p;
+    case Reward::kFlawed:
+      return outcome > 0.0 ? (any_flagged ? c - p : c) : -c;
+    default:
+      return c * outcome;
+  }
+}
+
+// Whether max - min is within the rounding of means among the numbers.
+CAPO_HD bool constant_but_rounding(double low, double high) {
+  const double a = fabs(low), b = fabs(high);
+  return !(high > low) || high - low <= 1e-12 * (a > b ? a : b);
+}
+
+// Never below the floor.
+CAPO_HD double inverse_std(double std, const CreditRule& rule) {
+  return 1.0 / (std < rule.std_floor ? rule.std_floor : std);
 }
 
 }  // namespace capo

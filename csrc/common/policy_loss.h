@@ -1,6 +1,7 @@
 // The loss of one token and its derivatives: the formulas of capo.reference, shared by host and device.
 #pragma once
 #include <math.h>
+#include <stdint.h>
 
 #include "common/hd.h"
 
@@ -25,6 +26,14 @@ struct LossRule {
   float temperature;
   Objective objective;
   float importance_cap;  // or a negative number
+};
+
+// What the loss of a token is made of besides its logits; [N], those marked may be null.
+struct TokenValues {
+  const float* advantages;
+  const float* old_logprobs;      // or null: on-policy
+  const float* ref_logprobs;      // or null
+  const float* rollout_logprobs;  // or null
 };
 
 constexpr float kLogRatioLimit = 20.f;
@@ -94,6 +103,27 @@ CAPO_HD TokenTerms token_terms(const TokenInput& t, const LossRule& rule) {
   }
   out.loss -= rule.entropy_coef != 0.f ? rule.entropy_coef * t.entropy : 0.f;
   return out;
+}
+
+// Whether a token's loss may have a gradient though its advantage is 0.
+CAPO_HD bool has_other_terms(const LossRule& rule) { return rule.kl != Kl::kNone || rule.entropy_coef != 0.f; }
+
+// logp - old_logp; on-policy 0, but NaN where logp is.
+CAPO_HD float own_log_ratio(const TokenValues& values, int64_t row, float logp) {
+  if (values.old_logprobs == nullptr) return 0.f + (isnan(logp) ? logp : 0.f);
+  return logp - values.old_logprobs[row];
+}
+
+CAPO_HD TokenInput token_input(const TokenValues& values, int64_t row, float logp, float entropy, float log_ratio) {
+  TokenInput t;
+  t.logp = logp;
+  t.entropy = entropy;
+  t.log_ratio = log_ratio;
+  const float old = values.old_logprobs == nullptr ? t.logp : values.old_logprobs[row];
+  t.mismatch = values.rollout_logprobs == nullptr ? 0.f : old - values.rollout_logprobs[row];
+  t.advantage = values.advantages[row];
+  t.ref_logp = values.ref_logprobs == nullptr ? 0.f : values.ref_logprobs[row];
+  return t;
 }
 
 }  // namespace capo

@@ -26,28 +26,6 @@ bool labels_fit(const int64_t* labels, const bool* mask, int64_t rows, int64_t v
   return true;
 }
 
-constexpr double kLn2 = 0.693147180559945309;
-
-// What is known of a row once its logits were read.
-struct Row {
-  RowStats stats;
-  float at_label;  // logit of the label
-  float logp, entropy;
-};
-
-// Rows of 16 bits are scaled in float32: their log-probabilities follow suit.
-double rate_of(float temperature, Dtype dtype) {
-  const double rate = 1.0 / (kLn2 * temperature);
-  return dtype == Dtype::kFloat32 ? rate : static_cast<float>(rate);
-}
-
-void finish_row(Row& row, double rate) {
-  const double log_sum = std::log2(row.stats.sum);
-  const double at_label = (static_cast<double>(row.at_label) - row.stats.top) * rate;
-  row.logp = static_cast<float>(kLn2 * (at_label - log_sum));
-  row.entropy = static_cast<float>(kLn2 * (log_sum - row.stats.centred / row.stats.sum));
-}
-
 Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, double rate,
              bool infinite) {
   const int type = static_cast<int>(dtype);
@@ -58,22 +36,9 @@ Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vo
   return result;
 }
 
-// The gradient of a row with g = d loss / d logp and h = d loss / d entropy: that of
-// capo.reference.policy_loss_gradient.
 RowGrad row_grad(const Row& r, double g, double h, float temperature, double rate, int64_t label, bool stream) {
-  const double s = 1.0 / temperature, sum = r.stats.sum, mean = kLn2 * r.stats.centred / sum;
-  const double p = std::exp(static_cast<double>(r.logp));
-  const double centred_label = p > 0.0 ? r.logp + std::log(sum) - mean : 0.0;
-  RowGrad how;
-  how.rate = rate;
-  how.top = r.stats.top;
-  how.infinite = r.stats.infinite;
-  how.alpha = s * (h * mean - g) / sum;
-  how.beta = -s * h * kLn2 / sum;
-  how.label = label;
-  how.label_grad = static_cast<float>(s * (g * -std::expm1(static_cast<double>(r.logp)) - h * p * centred_label));
-  how.stream = stream;
-  return how;
+  const RowFactors factors = row_factors(r, g, h, temperature);
+  return {rate, r.stats.top, factors.alpha, factors.beta, label, factors.label_grad, r.stats.infinite, stream};
 }
 
 void write_row(const RowKernels& kernels, int type, const void* row, void* grad, int64_t vocab, const RowGrad& how) {
@@ -93,22 +58,10 @@ struct Tokens {
   float* kl;
   bool* clipped;
 
-  float log_ratio(int64_t row) const {
-    const float logp = logprobs[row];
-    if (values.old_logprobs == nullptr) return 0.f + (std::isnan(logp) ? logp : 0.f);
-    return logp - values.old_logprobs[row];
-  }
+  float log_ratio(int64_t row) const { return own_log_ratio(values, row, logprobs[row]); }
 
   TokenTerms terms(int64_t row, float ratio) const {
-    TokenInput t;
-    t.logp = logprobs[row];
-    t.entropy = entropy[row];
-    t.log_ratio = ratio;
-    const float old = values.old_logprobs == nullptr ? t.logp : values.old_logprobs[row];
-    t.mismatch = values.rollout_logprobs == nullptr ? 0.f : old - values.rollout_logprobs[row];
-    t.advantage = values.advantages[row];
-    t.ref_logp = values.ref_logprobs == nullptr ? 0.f : values.ref_logprobs[row];
-    const TokenTerms result = token_terms(t, rule);
+    const TokenTerms result = token_terms(token_input(values, row, logprobs[row], entropy[row], ratio), rule);
     loss[row] = result.loss;
     kl[row] = result.kl;
     clipped[row] = result.clipped;
@@ -192,7 +145,7 @@ class Pass {
 
   void find_live_rows() {
     const LossRule& rule = args.rule;
-    const bool other_terms = rule.kl != Kl::kNone || rule.entropy_coef != 0.f;
+    const bool other_terms = has_other_terms(rule);
     for (int64_t i = 0; i < args.responses; ++i) {
       const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
       bool any = false;
@@ -365,17 +318,6 @@ void row_stats(const HeadRows& args, int64_t rows, double* stats) {
     }
   });
 }
-
-namespace {
-
-Row row_of(const double* stats) {
-  Row row{};
-  row.stats = {static_cast<float>(stats[0]), stats[1], stats[2], stats[3] != 0.0};
-  row.at_label = static_cast<float>(stats[4]);
-  return row;
-}
-
-}  // namespace
 
 void row_logprobs(const HeadRows& args, int64_t rows, const double* stats, float* logprobs, float* entropy) {
   for (int64_t i = 0; i < rows; ++i) {

@@ -7,14 +7,6 @@
 
 namespace capo {
 
-// What the loss of a token is made of besides its logits; [N], those marked may be null.
-struct TokenValues {
-  const float* advantages;
-  const float* old_logprobs;      // or null: on-policy
-  const float* ref_logprobs;      // or null
-  const float* rollout_logprobs;  // or null
-};
-
 struct PolicyLossArgs {
   const void* logits;  // [N, V]
   int64_t logits_stride;
@@ -56,8 +48,6 @@ bool logprobs(const LogprobsArgs& args);
 
 // The same in parts, for logits that come in chunks of rows or are split over the vocabulary. Every row that is given
 // is live and has its weight.
-
-constexpr int64_t kRowStats = 5;  // top, sum, centred, infinite of RowStats; logit of the label, -inf if it is not here
 
 struct HeadRows {
   const void* logits;  // [rows, V]

@@ -2,20 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "common/rows.h"
+
 namespace capo {
-
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-// What one pass over a row of logits z gives. Exponents are t = (z - top) * rate, where rate is log2(e) / temperature;
-// top is the largest logit or one near it, which keeps the powers of two in range.
-struct RowStats {
-  float top;
-  double sum;      // of 2^t; NaN if the row has NaN, +inf, or nothing but -inf
-  double centred;  // of 2^t * t
-  bool infinite;   // the row has -inf
-};
 
 // The gradient of a row: 2^t * (alpha + beta * t); the label's entry is given, unless the label is -1.
 struct RowGrad {

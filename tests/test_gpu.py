@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton backend: repeats, streams, graphs, memory, compilations, more than 2^31 elements."""
+"""What only a GPU can show of the backends there: repeats, streams, graphs, memory, compilations, more than 2^31 elements."""
 
 import importlib
 
@@ -7,10 +7,7 @@ import torch
 from batches import Batch, lengths_to_cu, run
 
 import capo
-from capo import LossRule
-
-pytest.importorskip("triton")
-launch = importlib.import_module("capo.kernels.launch")
+from capo import LossRule, backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,12 +16,22 @@ pytestmark = [
 RULE = LossRule(clip_dual=2.0, kl_coef=0.1, entropy_coef=0.01, reduce="token_mean", temperature=0.9)
 
 
-@pytest.fixture(autouse=True)
-def triton(monkeypatch):
+@pytest.fixture(autouse=True, params=["native", "triton"])
+def backend(request, monkeypatch):
     monkeypatch.delenv("CAPO_CHECK", raising=False)
     torch.use_deterministic_algorithms(False)  # poisoning memory takes as long as the kernels
-    with capo.use_backend("triton"):
-        yield
+    reason = backends.why_not(request.param, "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    with capo.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def launch(backend):
+    if backend != "triton":
+        pytest.skip("of the Triton backend; tests/test_cuda.py has the same of the other")
+    return importlib.import_module("capo.kernels.launch")
 
 
 def gpu_batch(rows, vocab, dtype=torch.bfloat16, live=1.0) -> Batch:
@@ -53,7 +60,7 @@ def test_repeats_give_the_same_bits(ratio, rows):
         assert all(torch.equal(a, b) for a, b in zip(out, first, strict=True)) and torch.equal(grad, first_grad)
 
 
-def test_parts_of_rows_give_the_same_bits_as_whole_rows(monkeypatch):
+def test_parts_of_rows_give_the_same_bits_as_whole_rows(launch, monkeypatch):
     batch = gpu_batch(5, 151_936)
     assert launch.splits_of(batch.logits)[0] > 1
     parts, parts_grad = run(batch, RULE)
@@ -157,7 +164,7 @@ def test_memory_is_the_gradient_and_little_more():
     assert torch.cuda.max_memory_allocated() - before < logits.nbytes + 2**20
 
 
-def test_lengths_and_rules_do_not_compile_again():
+def test_lengths_and_rules_do_not_compile_again(launch):
     kernels = importlib.import_module("capo.kernels.policy_loss").loss_of_rows
 
     def compiled():

@@ -1,0 +1,313 @@
+// Launches: counts and weights of the tokens, the rows, the metrics. Dead rows are not read.
+#include <algorithm>
+
+#include "cuda/policy_loss.h"
+#include "cuda/rows.cuh"
+
+namespace capo::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kLanes;
+// Where a row is read twice, one row at a time on a multiprocessor: so more of them stay in the cache.
+constexpr int kWarpsOfRow = 32;
+constexpr int kMostBlocks = 8;  // of a cluster, on any device that has clusters
+
+// Lies in the workspace; the first two are set to zero by every call.
+struct Workspace {
+  unsigned long long* active;  // [1] number of unmasked tokens
+  double* weights;         // [N] of each token in the loss, 0 for the dead; to be divided by `active` for token means
+  float *loss, *kl;        // [N] before weights
+  bool* clipped;           // [N]
+  double *stats, *slopes;  // [N, kRowStats], [N]; in steps
+  void* tiles;
+
+  Workspace(void* memory, int64_t rows) {
+    char* next = static_cast<char*>(memory);
+    const auto take = [&](auto*& pointer, int64_t count) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+      next += (count * static_cast<int64_t>(sizeof(*pointer)) + 15) / 16 * 16;
+    };
+    take(active, 2);
+    take(weights, rows);
+    take(loss, rows);
+    take(kl, rows);
+    take(clipped, rows);
+    size = next - static_cast<char*>(memory);
+    take(slopes, rows);
+    take(stats, rows * kRowStats);
+    tiles = next;
+    size_in_steps = next - static_cast<char*>(memory);
+  }
+  int64_t size, size_in_steps;
+};
+
+// Counts and weights of the tokens of one response.
+CAPO_KERNEL(kThreads, 4)
+weights_of_tokens(const PolicyLoss a, const Workspace w) {
+  auto* const memory = reinterpret_cast<uint32_t*>(device::block_memory());
+  const int lane = device::thread() % kLanes, warp = device::thread() / kLanes;
+  const int64_t begin = a.cu_seqlens[device::block()], end = a.cu_seqlens[device::block() + 1];
+  const int64_t first = (begin > 0 ? begin : 0) + device::thread(), last = end < a.head.rows ? end : a.head.rows;
+  const bool other_terms = has_other_terms(a.rule);
+  const auto active = [&](int64_t row) { return a.mask == nullptr || a.mask[row]; };
+  uint64_t count = 0;
+  bool any = false;
+  for (int64_t row = first; row < last; row += kThreads)
+    if (active(row)) {
+      ++count;
+      any |= a.values.advantages[row] != 0.f;
+    }
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) count += device::shuffle_xor(count, mask);
+  any = device::ballot(any) != 0;
+  auto* const counts = reinterpret_cast<uint64_t*>(memory);
+  if (lane == 0) {
+    counts[warp] = count;
+    memory[2 * kWarps + warp] = any;
+  }
+  device::sync_block();
+  count = 0;
+  any = false;
+  for (int i = 0; i < kWarps; ++i) {
+    count += counts[i];
+    any |= memory[2 * kWarps + i] != 0;
+  }
+  if (device::thread() == 0) device::add_to_count(w.active, count);
+  double weight = 1.0;
+  if (a.rule.reduce == Reduce::kSequenceMean) weight /= static_cast<double>(count) * static_cast<double>(a.responses);
+  if (a.rule.reduce == Reduce::kConstant) weight /= static_cast<double>(a.rule.constant);
+  const bool together = a.rule.ratio != Ratio::kToken;
+  for (int64_t row = first; row < last; row += kThreads)
+    if (active(row) && (other_terms || (together ? any : a.values.advantages[row] != 0.f))) w.weights[row] = weight;
+}
+
+// A row that a block, or a cluster of blocks, has to itself.
+struct LossRows {
+  PolicyLoss loss;
+  Workspace w;
+  double rate;
+  int cluster;
+  int64_t tiles_of_block;
+};
+
+template <Dtype kType, bool kOnChip, int kRowWarps>
+CAPO_DEVICE void loss_of_row(const LossRows& a) {
+  const PolicyLoss& l = a.loss;
+  const int64_t row = device::block() / a.cluster, vocab = l.head.vocab, tiles = tiles_of(vocab);
+  const int rank = static_cast<int>(device::block() % a.cluster);
+  const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
+  const int64_t first = rank * a.tiles_of_block + warp;
+  const int64_t end = (rank + 1) * a.tiles_of_block, last = end < tiles ? end : tiles;
+  char* const grad = l.grad == nullptr ? nullptr : row_at<kType>(l.grad, row, l.grad_stride);
+  double weight = a.w.weights[row];
+  if (weight == 0.0) {
+    if (grad != nullptr) write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
+    if (rank == 0 && device::thread() == 0) l.logprobs[row] = l.entropy[row] = 0.f;
+    return;
+  }
+  if constexpr (kOnChip) device::arrive_at_cluster();
+  auto* const how = reinterpret_cast<GradFactors*>(device::block_memory());
+  auto* const stats = reinterpret_cast<TileStats*>(how + 1);
+  char* const kept = reinterpret_cast<char*>(stats) + (tiles * sizeof(TileStats) + 15) / 16 * 16;
+  constexpr int64_t kBytes = kTile * Format<kType>::kSize;
+  const char* const logits = row_at<kType>(l.head.logits, row, l.head.stride);
+  const int64_t label = l.head.labels[row];
+  const bool known = label >= 0 && label < vocab;
+  float at_label = not_a_number();
+  if (known && device::thread() == 0) at_label = Format<kType>::load(logits, label);
+  Exponent<kType> exponent(a.rate);
+  for (int64_t tile = first; tile < last; tile += kRowWarps) {
+    Tile<kType> z;
+    z.template read<!kOnChip>(logits, tile, vocab, lane);
+    if constexpr (kOnChip) z.put(kept + (tile - rank * a.tiles_of_block) * kBytes, lane);
+    const TileStats found = z.stats(exponent);
+    if (lane == 0) stats[tile] = found;
+  }
+  if constexpr (kOnChip) {
+    device::sync_warp();
+    device::wait_for_cluster();
+    if (lane < a.cluster && lane != rank)
+      for (int64_t tile = first; tile < last; tile += kRowWarps) device::in_block(stats, lane)[tile] = stats[tile];
+    device::sync_warp();
+    device::arrive_at_cluster();
+    device::wait_for_cluster();
+  } else {
+    device::sync_block();
+  }
+  if (warp == 0) {
+    Row result = {};
+    result.stats = put_together(stats, tiles, a.rate, lane);
+    if (lane == 0) {
+      result.at_label = at_label;
+      finish_row(result, a.rate);
+      const float ratio = own_log_ratio(l.values, row, result.logp);
+      const TokenTerms terms = token_terms(token_input(l.values, row, result.logp, result.entropy, ratio), l.rule);
+      if (rank == 0) {
+        l.logprobs[row] = result.logp;
+        l.entropy[row] = result.entropy;
+        a.w.loss[row] = terms.loss;
+        a.w.kl[row] = terms.kl;
+        a.w.clipped[row] = terms.clipped;
+      }
+      if (l.rule.reduce == Reduce::kTokenMean) weight *= 1.0 / static_cast<double>(*a.w.active);
+      const double slope = (static_cast<double>(terms.through_ratio) + terms.through_logp) * weight;
+      const double entropy_slope = -static_cast<double>(l.rule.entropy_coef) * weight;
+      *how = grad_factors(result, slope, entropy_slope, l.rule.temperature, label);
+    }
+  }
+  if (grad == nullptr) return;
+  device::sync_block();
+  const GradFactors factors = *how;
+  if (factors.zero) return write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
+  exponent.set_top(factors.top);
+  // From the last to the first: what was read last is nearest.
+  for (int64_t tile = first + (last - 1 - first) / kRowWarps * kRowWarps; tile >= first && tile < last;
+       tile -= kRowWarps) {
+    Tile<kType> z;
+    if constexpr (kOnChip)
+      z.get(kept + (tile - rank * a.tiles_of_block) * kBytes, lane);
+    else
+      z.template read<false>(logits, tile, vocab, lane);
+    write_gradient(z, grad, tile, vocab, exponent, factors, lane);
+  }
+}
+
+template <Dtype kType>
+CAPO_KERNEL(kThreads, 4)
+loss_of_rows_on_chip(const LossRows a) {
+  if constexpr (device::kHasClusters) loss_of_row<kType, true, kWarps>(a);
+}
+
+template <Dtype kType>
+CAPO_KERNEL(kWarpsOfRow* kLanes, 1)
+loss_of_rows_in_two_passes(const LossRows a) {
+  loss_of_row<kType, false, kWarpsOfRow>(a);
+}
+
+// Sums over the tokens, by one block.
+CAPO_KERNEL(kWarpsOfRow* kLanes, 1)
+metrics(const PolicyLoss a, const Workspace w) {
+  constexpr int kAll = kWarpsOfRow * kLanes;
+  const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
+  double sums[3] = {};
+  for (int64_t row = device::thread(); row < a.head.rows; row += kAll) {
+    const double weight = w.weights[row];
+    if (weight == 0.0) continue;
+    sums[0] += w.loss[row] * weight;
+    sums[1] += w.kl[row];
+    sums[2] += w.clipped[row];
+  }
+  bool fits = true;
+  for (int64_t i = device::thread(); i < a.responses; i += kAll) fits &= a.cu_seqlens[i] <= a.cu_seqlens[i + 1];
+  fits &= a.cu_seqlens[0] == 0 && a.cu_seqlens[a.responses] == a.head.rows;
+  if (!fits) sums[0] = static_cast<double>(not_a_number());
+  auto* const memory = reinterpret_cast<double*>(device::block_memory());
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) sums[k] += device::shuffle_xor(sums[k], mask);
+    if (lane == 0) memory[k * kWarpsOfRow + warp] = sums[k];
+  }
+  device::sync_block();
+  if (device::thread() != 0) return;
+  double totals[3] = {};
+  for (int k = 0; k < 3; ++k)
+    for (int i = 0; i < kWarpsOfRow; ++i) totals[k] += memory[k * kWarpsOfRow + i];
+  const double active = *w.active > 0 ? static_cast<double>(*w.active) : 1.0;
+  *a.loss = static_cast<float>(a.rule.reduce == Reduce::kTokenMean ? totals[0] * (1.0 / active) : totals[0]);
+  *a.kl = static_cast<float>(totals[1] / active);
+  *a.clip_fraction = static_cast<float>(totals[2] / active);
+}
+
+int64_t memory_of_row(int64_t tiles) {
+  return static_cast<int64_t>(sizeof(GradFactors)) + (tiles * static_cast<int64_t>(sizeof(TileStats)) + 15) / 16 * 16;
+}
+
+// Blocks in the cluster of a row that lies in their memory, and bytes of each; 0 blocks if it does not fit.
+struct Cluster {
+  int blocks;
+  int64_t tiles_of_block;
+  int memory;
+};
+
+Cluster cluster_of(const Head& head, int64_t most) {
+  const int64_t tiles = tiles_of(head.vocab), wanted = device::target_memory();
+  for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
+    const int64_t each = (tiles + blocks - 1) / blocks;
+    const int64_t memory = memory_of_row(tiles) + each * kTile * size_of(head.dtype);
+    if (memory <= (blocks < kMostBlocks ? std::min(wanted, most) : most))
+      return {blocks, each, static_cast<int>(memory)};
+  }
+  return {0, 0, 0};
+}
+
+int loss_of_rows(const PolicyLoss& args, Form form, const Workspace& w, cudaStream_t stream) {
+  const Head& head = args.head;
+  const double rate = rate_of(args.rule.temperature, head.dtype);
+  const int64_t tiles = tiles_of(head.vocab);
+  const auto run = [&](auto on_chip, auto two_passes) -> int {
+    if (form == Form::kOnChip) {
+      const Cluster cluster = cluster_of(head, device::most_memory());
+      const LossRows rows = {args, w, rate, cluster.blocks, cluster.tiles_of_block};
+      return device::launch(on_chip, {head.rows * cluster.blocks, kThreads, cluster.memory, cluster.blocks, stream},
+                            rows);
+    }
+    const LossRows rows = {args, w, rate, 1, tiles};
+    return device::launch(two_passes,
+                          {head.rows, kWarpsOfRow * kLanes, static_cast<int>(memory_of_row(tiles)), 1, stream}, rows);
+  };
+  switch (head.dtype) {
+    case Dtype::kFloat32:
+      return run(loss_of_rows_on_chip<Dtype::kFloat32>, loss_of_rows_in_two_passes<Dtype::kFloat32>);
+    case Dtype::kBFloat16:
+      return run(loss_of_rows_on_chip<Dtype::kBFloat16>, loss_of_rows_in_two_passes<Dtype::kBFloat16>);
+    default:
+      return run(loss_of_rows_on_chip<Dtype::kFloat16>, loss_of_rows_in_two_passes<Dtype::kFloat16>);
+  }
+}
+
+int loss_in_steps(const PolicyLoss& args, const Workspace& w, Stream stream) {
+  const unsigned long long* const active = args.rule.reduce == Reduce::kTokenMean ? w.active : nullptr;
+  int error = read_rows(args.head, {w.weights, nullptr}, {w.stats, args.logprobs, args.entropy}, w.tiles, stream);
+  if (error != 0) return error;
+  error = loss_terms({args.values, args.logprobs, args.entropy, w.weights, false, active, args.cu_seqlens,
+                      args.head.rows, args.responses, args.rule, w.loss, w.kl, w.clipped, w.slopes},
+                     stream);
+  if (error != 0 || args.grad == nullptr) return error;
+  return row_grads({args.head, args.head.rows, nullptr, w.stats, w.slopes, nullptr,
+                    static_cast<double>(args.rule.entropy_coef), w.weights, active, args.grad, args.grad_stride},
+                   stream);
+}
+
+}  // namespace
+
+Form form_of(const PolicyLoss& args) {
+  if (args.rule.ratio != Ratio::kToken) return Form::kInSteps;
+  if (args.form != Form::kChosen) return args.form;
+  if (device::has_clusters() && cluster_of(args.head, device::most_memory()).blocks > 0) return Form::kOnChip;
+  const bool fits = memory_of_row(tiles_of(args.head.vocab)) <= device::most_memory();
+  return fits && args.head.rows >= 2 * device::multiprocessors() ? Form::kTwoPasses : Form::kInSteps;
+}
+
+size_t workspace_of(const PolicyLoss& args, Form form) {
+  const Workspace sizes(nullptr, args.head.rows);
+  if (form != Form::kInSteps) return static_cast<size_t>(sizes.size);
+  return static_cast<size_t>(sizes.size_in_steps) + size_of_tiles(args.head.rows, args.head.vocab);
+}
+
+int policy_loss(const PolicyLoss& args, Form form, void* workspace, Stream stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const Workspace w(workspace, args.head.rows);
+  int error = device::clear(workspace,
+                            static_cast<size_t>(reinterpret_cast<char*>(w.loss) - static_cast<char*>(workspace)), on);
+  if (error != 0) return error;
+  error = device::launch(weights_of_tokens, {args.responses, kThreads, 12 * kWarps, 1, on}, args, w);
+  if (error != 0) return error;
+  error = form == Form::kInSteps ? loss_in_steps(args, w, stream) : loss_of_rows(args, form, w, on);
+  if (error != 0) return error;
+  return device::launch(metrics, {1, kWarpsOfRow * kLanes, 3 * kWarpsOfRow * static_cast<int>(sizeof(double)), 1, on},
+                        args, w);
+}
+
+}  // namespace capo::cuda

@@ -1,0 +1,16 @@
+// The module of the CUDA kernels for the CPU: the functions of csrc/cuda/bindings.cpp and the device that is played.
+#include "bindings.h"
+#include "cuda_emulator.h"
+
+PYBIND11_MODULE(cuda_emulated, m) {
+  m.def("set_device", [](bool clusters, int multiprocessors, int64_t most_memory, int64_t target_memory) {
+    auto& device = capo::device::emulated;
+    device.clusters = clusters;
+    device.multiprocessors = multiprocessors;
+    device.most_memory = most_memory;
+    device.target_memory = target_memory;
+  });
+  m.def("launches", [] { return capo::device::emulated.launches; });
+  m.attr("architectures") = "emulated";
+  capo::bind_cuda(m);
+}

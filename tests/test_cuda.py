@@ -1,0 +1,317 @@
+"""What only the CUDA kernels promise: bits that do not depend on how a row is divided, and NaN where nothing is checked.
+
+Everything else is in the tests of the ops. On a machine without a GPU the kernels run on the CPU, as tests/emulated.py has
+them; what the compiler makes of them is asked of the module, where it was built with CUDA.
+"""
+
+import importlib
+import math
+
+import emulated
+import pytest
+import torch
+from batches import lengths_to_cu, random_batch, random_credit, run
+
+import capo
+from capo import LossRule, backends, reference
+
+if backends.why_not("native", "cpu") is not None:
+    pytest.skip("no native module", allow_module_level=True)
+cuda = importlib.import_module("capo.cuda")
+GPU = torch.cuda.is_available() and cuda.why_not() is None
+RULE = LossRule(kl_coef=0.1, entropy_coef=0.01, temperature=0.8, reduce="token_mean")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else ["cpu"])
+def device(request, monkeypatch):
+    """The device on which the kernels run; values are not looked at before."""
+    monkeypatch.setattr(cuda, "checks_values", lambda device_type: False)
+    if GPU:
+        with capo.use_backend("native"):
+            yield torch.device("cuda")
+        return
+    if emulated.compiler() is None:
+        pytest.skip("no g++ for the emulator")
+    module = emulated.module()
+    monkeypatch.setattr(cuda, "_module", module)
+    monkeypatch.setitem(backends.BACKENDS, "emulated", "capo.cuda")
+    with capo.use_backend("emulated"):
+        yield torch.device("cpu")
+    play()
+
+
+def play(clusters=True, multiprocessors=4, most=227 * 1024, target=40 * 1024):
+    """Change the device that is played: whether there are clusters, and bytes of shared memory for a block at most, and for one
+    of several."""
+    if not GPU:
+        emulated.module().set_device(clusters, multiprocessors, most, target)
+
+
+def everything(batch, rule, **options):
+    out, grad = run(batch, rule, **options)
+    return (*(x.detach() for x in out), grad)
+
+
+def same(results):
+    first, *others = results
+    return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+# ---- policy_loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 1030, 4099, 9000])
+def test_all_forms_give_the_same_bits(vocab, dtype, device, monkeypatch):
+    batch = random_batch(lengths=(3, 0, 4), vocab=vocab, dtype=dtype).to(device)
+    batch.logits[0, vocab // 2] += 40.0
+    results = []
+    for form in cuda.FORMS:
+        monkeypatch.setattr(cuda, "_form", form)
+        results.append(everything(batch, RULE))
+    assert same(results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_blocks_of_a_row_does_not_change_its_bits(dtype, device, monkeypatch):
+    if GPU:
+        pytest.skip("a GPU has the shared memory that it has")
+    monkeypatch.setattr(cuda, "_form", "on chip")
+    batch = random_batch(lengths=(3, 2), vocab=7 * 1024 + 5, dtype=dtype)
+    results = []
+    for target in (227, 24, 13, 7, 3):  # one block to eight, of which not all have columns
+        play(target=target * 1024)
+        results.append(everything(batch, RULE))
+    assert same(results)
+
+
+def test_the_form_is_chosen_by_the_device(device):
+    if GPU:
+        pytest.skip("a GPU is what it is")
+    module, batch = emulated.module(), random_batch(lengths=(9,), vocab=2000)
+
+    def launches(rule=RULE):
+        before = module.launches()
+        capo.policy_loss(rule=rule, **vars(batch.replace(logits=batch.logits.clone().requires_grad_(True))))
+        return module.launches() - before
+
+    assert launches() == 3  # a row in a cluster: weights, rows, metrics
+    assert launches(LossRule(ratio="sequence")) == 6
+    play(clusters=False)
+    assert launches() == 3  # a row in a block, read twice
+    play(clusters=False, multiprocessors=5)
+    assert launches() == 6  # fewer rows than two a multiprocessor: they are divided
+    play(most=4000, multiprocessors=5)
+    assert launches() == 6  # no cluster holds a row
+
+
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
+@pytest.mark.parametrize("label", [-1, 2000, 2**40, -(2**63)])
+def test_an_unchecked_label_outside_the_vocabulary_gives_nan_in_its_row(label, form, device, monkeypatch):
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(3, 2), vocab=2000).replace(mask=None)
+    batch.credit[:] = 1.0
+    batch = batch.to(device)
+    _, clean = run(batch, LossRule())
+    labels = batch.labels.clone()
+    labels[1] = label
+    out, grad = run(batch.replace(labels=labels), LossRule())
+    others = torch.arange(5, device=device) != 1
+    assert bool(out.loss.isnan()) and bool(grad[1].isnan().all()) and torch.equal(grad[others], clean[others])
+    assert capo.logprobs(batch.logits, labels)[0].isnan().tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 3, 6], [1, 3, 5], [0, 4, 3], [-7, 3, 5], [0, 9, 5], [0, -(2**62), 5]])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_unchecked_lengths_that_do_not_fit_give_nan(cu_seqlens, ratio, device):
+    batch = random_batch(lengths=(3, 2), vocab=11).replace(cu_seqlens=torch.tensor(cu_seqlens)).to(device)
+    assert bool(run(batch, LossRule(ratio=ratio))[0].loss.isnan())
+
+
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beside_the_rows_is_read_or_written(dtype, form, device, monkeypatch):
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(3, 2), vocab=1500, dtype=dtype).to(device)
+    batch.credit[1] = 0.0  # a dead row is written, too
+    expected = everything(batch, LossRule())
+    for offset in range(9):  # rows that begin at any address
+        wide = torch.full((5, 1500 + 17), math.nan, dtype=dtype, device=device)
+        wide[:, offset : offset + 1500] = batch.logits
+        logits = wide[:, offset : offset + 1500]
+        assert same([expected, everything(batch.replace(logits=logits), LossRule())])
+        leaf = logits.detach().requires_grad_(True)
+        capo.policy_loss(rule=LossRule(), **{**vars(batch), "logits": leaf}, inplace=True).loss.backward()
+        assert torch.equal(leaf.grad, expected[-1])
+        wide[:, offset : offset + 1500] = 0
+        assert int(wide.isnan().sum()) == 5 * 17
+
+
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
+def test_dead_rows_are_not_read(form, device, monkeypatch):
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(9, 8), vocab=3000).to(device)
+    expected = everything(batch, LossRule())
+    dead = (batch.credit == 0) | ~batch.mask
+    assert 0 < int(dead.sum()) < 17
+    logits = batch.logits.clone()
+    logits[dead] = math.nan
+    assert same([expected, everything(batch.replace(logits=logits), LossRule())])
+
+
+def test_threads_that_are_drawn_by_lot_give_the_same_bits(device):
+    batch = random_batch(lengths=(4, 2), vocab=5000, dtype=torch.bfloat16).to(device)
+    assert same([everything(batch, RULE) for _ in range(5)])
+
+
+# ---- credit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"votes": torch.tensor([[0], [2], [0], [0]], dtype=torch.int8)},
+        {"outcomes": torch.tensor([math.inf, 0.0])},
+        {"ends": [2, 5, 7, 10]},
+        {"ends": [2, 4, 7, 11]},
+        {"ends": [2, 4, 7, 2**62]},
+        {"starts": [0, 1, 4, 7]},
+        {"starts": [0, 2, 3, 7]},
+        {"starts": [-(2**62), 2, 4, 7]},
+        {"cu_steps": [0, 9, 4]},
+        {"cu_steps": [0, -9, 4]},
+        {"cu_seqlens": [0, 2**62, 10]},
+        {"cu_seqlens": [0, 11, 10]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_unchecked_credit_that_contradicts_itself_is_nan(change, device):
+    fields = {"starts": [0, 2, 4, 7], "ends": [2, 4, 7, 10], "cu_steps": [0, 2, 4], "cu_seqlens": [0, 4, 10]}
+    starts, ends, cu_steps, cu_seqlens = (torch.tensor(change.get(k, v)).to(device) for k, v in fields.items())
+    votes = change.get("votes", torch.tensor([[0], [1], [0], [0]], dtype=torch.int8)).to(device)
+    outcomes = change.get("outcomes", torch.tensor([1.0, 0.0])).to(device)
+    groups = torch.zeros(2, dtype=torch.int64, device=device)
+    rule = capo.ops._fields(capo.CreditRule())
+    advantages = backends.kernel("credit", device)(
+        outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, 10, *rule
+    )
+    assert bool(advantages.isnan().all())
+
+
+def test_tokens_that_no_response_has_are_nan_and_other_groups_are_not(device):
+    credit = random_credit(1)
+    steps, rule = credit.steps, capo.ops._fields(credit.rule)
+    layout = credit.outcomes, credit.votes, steps.starts, steps.ends, steps.cu_steps, credit.cu_seqlens, credit.groups
+    layout = [x.to(device) for x in layout]
+    number = int(credit.cu_seqlens[-1])
+    function = backends.kernel("credit", device)
+    expected, longer = function(*layout, number, *rule), function(*layout, number + 7, *rule)
+    assert torch.equal(longer[:number], expected) and bool(longer[number:].isnan().all())
+    layout[0][0] = math.inf
+    spoilt = function(*layout, number, *rule)
+    own = credit.groups == credit.groups[0]
+    own = torch.repeat_interleave(own, credit.cu_seqlens.diff().long()).to(device)
+    assert bool(spoilt[own].isnan().all()) and torch.equal(spoilt[~own], expected[~own])
+
+
+@pytest.mark.parametrize("preset", ["capo", "grpo", "rloo", "papo", "grpo_process", "vppo"])
+def test_groups_larger_than_what_a_block_lists(preset, device):
+    credit = random_credit(2, num_responses=4500, num_groups=2, rule=capo.CreditRule.preset(preset))
+    credit.outcomes[7] = math.nan
+    check_credit(credit, device)
+
+
+def test_steps_and_votes_beyond_a_warp(device):
+    steps = 150
+    credit = capo.Credit(
+        torch.tensor([1.0, 0.0]), (torch.arange(steps * 19).reshape(steps, 19) % 7 % 3 - 1).to(torch.int8),
+        capo.Steps(torch.arange(0, 300, 2), torch.arange(2, 301, 2), torch.tensor([0, steps, steps])),
+        lengths_to_cu((300, 40)), torch.zeros(2, dtype=torch.int64),
+    )  # fmt: skip
+    check_credit(credit, device)
+
+
+def check_credit(credit, device):
+    steps = credit.steps
+    layout = credit.votes, steps.starts, steps.ends, steps.cu_steps, credit.cu_seqlens, credit.groups
+    truth = reference.token_advantages(credit.outcomes, *layout, credit.rule)
+    moved = capo.Credit(
+        credit.outcomes.to(device), credit.votes.to(device), steps.to(device), credit.cu_seqlens.to(device),
+        credit.groups.to(device), credit.rule,
+    )  # fmt: skip
+    torch.testing.assert_close(moved.advantages().cpu().double(), truth, rtol=1e-6, atol=1e-9)
+
+
+def test_credit_is_one_launch(device):
+    if GPU:
+        pytest.skip("the emulator counts launches")
+    before = emulated.module().launches()
+    random_credit(3, num_responses=40).advantages()
+    assert emulated.module().launches() == before + 1
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stats_of_rows_equal_the_reference(dtype, device):
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(6, 2500, generator=g)).to(dtype)
+    logits[1] = -math.inf
+    logits[2, 7] = math.nan
+    logits[3, 1200:] = -math.inf
+    logits[4] = math.nan
+    labels = torch.tensor([3, 0, 5, -1, 2, 2499])
+    stats = cuda.row_stats(logits.to(device), labels.to(device), 0.7).cpu()
+    truth = reference.row_stats(logits, labels, 0.7)
+    assert stats[1, 0] == -math.inf and bool(stats[1:3, 1].isnan().all())
+    assert bool(stats[4, 0].isnan()), "NaN must not be taken for -inf by whoever adds up parts of a row"
+    for row in (0, 3, 5):
+        torch.testing.assert_close(stats[row, [0, 1, 2, 4]], truth[row, [0, 1, 2, 4]], rtol=1e-6, atol=0)
+
+
+# ---- errors, and where the kernels run
+
+
+def test_a_launch_that_fails_is_an_error(device, monkeypatch):
+    if GPU:
+        pytest.skip("a GPU accepts the launch")
+    play(most=4000)
+    monkeypatch.setattr(cuda, "_form", "two passes")
+    with pytest.raises(RuntimeError, match="policy_loss: CUDA: "):
+        run(random_batch(lengths=(2,), vocab=2**19), LossRule())
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((8, 0), "80-real,90a-real", True),
+        ((8, 6), "80-real,90a-real", True),
+        ((7, 5), "80-real,90a-real", False),
+        ((9, 0), "80-real,90a-real", True),
+        ((9, 0), "80-real", False),
+        ((10, 3), "100-real", True),
+        ((10, 3), "100a-real", False),
+        ((12, 0), "90a-real,100-real", False),
+        ((12, 0), "100-real,100-virtual", True),
+        ((9, 0), "100-virtual", False),
+    ],
+)
+def test_which_devices_are_served(capability, built, runs, monkeypatch):
+    monkeypatch.setattr(cuda, "architectures", lambda: tuple(built.split(",")))
+    assert cuda.built_for(capability) == runs
+
+
+def test_without_cuda_kernels_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "_module", None)
+    assert "CAPO_CUDA=on" in cuda.why_not() and cuda.architectures() == ()
+    assert "built without CUDA" in backends.why_not.__wrapped__("native", "cuda")
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for_is_named(monkeypatch):
+    monkeypatch.setattr(cuda, "_module", object())
+    monkeypatch.setattr(cuda, "architectures", lambda: ("80-real",))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert "built for 80-real, GPU 0 has 9.0" in cuda.why_not()
