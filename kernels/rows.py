@@ -115,6 +115,15 @@ def sums(row, first, last, top, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 
 
 @triton.jit
+def logp_of(top, at_label, log_sum, log_rest, rates):
+    """Log-probability of the label, from the logarithm of the sum of exp(z - top) in two parts. float64"""
+    # A handful of numbers for each row, in float64: the difference may be much smaller than its parts.
+    below = at_label.to(tl.float64) - top.to(tl.float64)
+    logp = below * rates[3] + (below * rates[4] - (log_sum.to(tl.float64) + log_rest.to(tl.float64)))
+    return tl.where(below == -float("inf"), below, logp)
+
+
+@triton.jit
 def finish(top, at_label, total, centred, beyond, rates):
     """logp, entropy, sum of exp(z - top) and the mean of z - top, from the sums of a row; NaN if they do not fit."""
     LN2: tl.constexpr = 0.6931471805599453
@@ -122,11 +131,21 @@ def finish(top, at_label, total, centred, beyond, rates):
     log_sum, log_rest = log1p((total - 17179869184).to(tl.float32) * (1 / ONE))
     sum_ = total.to(tl.float32) * (1 / ONE)
     mean = centred.to(tl.float32) * (LN2 / CENTRED_ONE) / sum_
-    # A handful of numbers for each row, in float64: the difference may be much smaller than its parts.
-    below = at_label.to(tl.float64) - top.to(tl.float64)
-    logp = below * rates[3] + (below * rates[4] - (log_sum.to(tl.float64) + log_rest.to(tl.float64)))
-    logp = tl.where(below == -float("inf"), below, logp).to(tl.float32)
+    logp = logp_of(top, at_label, log_sum, log_rest, rates).to(tl.float32)
     return logp + nan, log_sum + (log_rest - mean) + nan, sum_ + nan, mean + nan
+
+
+@triton.jit
+def sums_of_row(
+    row, label, vocab, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr
+):  # fmt: skip
+    """top, the label's logit, and the sums of a row; the label lies in the vocabulary."""
+    top, at_label = first_guess(row, label, vocab, BLOCK)
+    total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
+    if beyond != 0:
+        top = largest(row, vocab, BLOCK)
+        total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
+    return top, at_label, total, centred, beyond
 
 
 @triton.jit
@@ -135,11 +154,9 @@ def read_row(
 ):  # fmt: skip
     """logp, entropy, top, sum of exp(z - top), mean of z - top and the label's logit; a label out of range gives NaN."""
     known = (label >= 0) & (label < vocab)
-    top, at_label = first_guess(row, tl.where(known, label, 0), vocab, BLOCK)
-    total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
-    if beyond != 0:
-        top = largest(row, vocab, BLOCK)
-        total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
+    top, at_label, total, centred, beyond = sums_of_row(
+        row, tl.where(known, label, 0), vocab, rates, BLOCK, UNROLL, NEIGHBOURS
+    )
     logp, entropy, sum_, mean = finish(top, at_label, total, centred, beyond, rates)
     return tl.where(known, logp, float("nan")), entropy, top, sum_, mean, at_label
 
