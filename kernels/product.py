@@ -9,9 +9,10 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from capo.kernels import launch
 from capo.kernels.launch import on_device
 
-SMALL_MEMORY = 160 * 1024  # bytes: devices whose programs share less take fewer stages
+MEMORY = 150 * 1024  # bytes that three stages of tiles take; devices whose programs share less take two
 
 
 @triton.jit
@@ -31,34 +32,37 @@ def rows_times_matrix(
     number = number_of(count_ptr, first, rows)
     top = (tl.program_id(0) % tiles) * BLOCK_M
     if top < number:
+        left_most = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N
         i = top + tl.arange(0, BLOCK_M)
-        j = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Rows and columns beyond the end repeat the last: nothing of theirs is stored.
-        row = tl.minimum(i, rows - 1).to(tl.int64)
-        column = tl.minimum(j, columns - 1).to(tl.int64)
+        j = left_most + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        a = rows_ptr + row[:, None] * rows_stride + k[None, :]
-        b = matrix_ptr + k[:, None].to(tl.int64) * depth_stride + column[None, :] * column_stride
+        # A row beyond the end is the last once more: nothing of it is stored. Within a tile 32 bits are enough.
+        row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - top)
+        known = (j < columns)[None, :]
+        a = rows_ptr + tl.cast(top, tl.int64) * rows_stride
+        b = matrix_ptr + left_most * column_stride
+        a_offsets = row[:, None] * rows_stride + k[None, :]
+        b_offsets = k[:, None] * depth_stride + tl.arange(0, BLOCK_N)[None, :] * column_stride
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, depth, BLOCK_K):
             if EVEN:
-                left = tl.load(a)
-                right = tl.load(b)
+                left = tl.load(a + a_offsets)
+                right = tl.load(b + b_offsets, mask=known, other=0.0)
             else:
-                left = tl.load(a, mask=(start + k < depth)[None, :], other=0.0)
-                right = tl.load(b, mask=(start + k < depth)[:, None], other=0.0)
+                left = tl.load(a + a_offsets, mask=(start + k < depth)[None, :], other=0.0)
+                right = tl.load(b + b_offsets, mask=known & (start + k < depth)[:, None], other=0.0)
             total = tl.dot(left, right, total, input_precision=PRECISION)
             a += BLOCK_K
-            b += BLOCK_K * depth_stride.to(tl.int64)
+            b += BLOCK_K * depth_stride
         if bias_ptr is not None:
-            total += tl.load(bias_ptr + column).to(tl.float32)[None, :]
+            total += tl.load(bias_ptr + j, mask=j < columns, other=0.0).to(tl.float32)[None, :]
         inside = i < number
         if targets_ptr is None:
             target = i.to(tl.int64)
         else:
             target = tl.load(targets_ptr + i, mask=inside, other=0)
         out = out_ptr + target[:, None] * out_stride + j[None, :]
-        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & known)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,19 +77,18 @@ def add_rows_by_rows(
         i = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         j = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        a = left_ptr + k[None, :].to(tl.int64) * left_stride + tl.minimum(i, height - 1)[:, None]
-        b = right_ptr + k[:, None].to(tl.int64) * right_stride + tl.minimum(j, width - 1)[None, :]
-        sum_ = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, number, BLOCK_K):
-            inside = start + k < number
-            left = tl.load(a, mask=inside[None, :], other=0.0)
-            right = tl.load(b, mask=inside[:, None], other=0.0)
-            sum_ = tl.dot(left, right, sum_, input_precision=PRECISION)
-            a += BLOCK_K * left_stride.to(tl.int64)
-            b += BLOCK_K * right_stride.to(tl.int64)
+        a_offsets = k[None, :] * left_stride + i[:, None]
+        b_offsets = k[:, None] * right_stride + j[None, :]
         inside = (i < height)[:, None] & (j < width)[None, :]
         total = total_ptr + i.to(tl.int64)[:, None] * total_stride + j[None, :]
-        sum_ += tl.load(total, mask=inside, other=0.0).to(tl.float32)
+        sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)
+        for start in range(0, number, BLOCK_K):
+            there = start + k < number
+            left = tl.load(left_ptr + a_offsets, mask=there[None, :] & (i < height)[:, None], other=0.0)
+            right = tl.load(right_ptr + b_offsets, mask=there[:, None] & (j < width)[None, :], other=0.0)
+            sum_ = tl.dot(left, right, sum_, input_precision=PRECISION)
+            left_ptr += BLOCK_K * left_stride
+            right_ptr += BLOCK_K * right_stride
         tl.store(total, sum_.to(total_ptr.dtype.element_ty), mask=inside)
 
 
@@ -133,6 +136,8 @@ def add_product(left, right, total, count):
     """``total += left[:count].T @ right[:count]``. [L, M], [L, N], [M, N]; last dimensions contiguous"""
     rows, height, width = len(left), left.shape[1], right.shape[1]
     sizes = tiles(left.dtype, left.device)
+    if limits(left.device)[0] != 9:  # elsewhere wider tiles do not fit into registers beside the sums before
+        sizes["BLOCK_N"] = min(sizes["BLOCK_N"], 128)
     grid = triton.cdiv(height, sizes["BLOCK_M"]) * triton.cdiv(width, sizes["BLOCK_N"])
     if grid and rows:
         with on_device(left):
@@ -148,7 +153,8 @@ def add_sum(values, total, count):
     if rows and width:
         with on_device(values):
             add_rows[(triton.cdiv(width, 128),)](
-                values, values.stride(0), total, count, rows, width, BLOCK_N=128, BLOCK_K=64, num_warps=8
+                values, values.stride(0), total, count, rows, width, BLOCK_N=128, BLOCK_K=64, num_warps=8,
+                enable_fp_fusion=False,
             )
 
 
@@ -160,17 +166,20 @@ def precision():
 def tiles(dtype, device):
     """Sizes of tiles, warps and stages of a product."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    sizes = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    sizes = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "enable_fp_fusion": True}
     return {**sizes, "num_stages": stages(device)}
 
 
 @functools.cache
+def limits(device):
+    """Generation of the device, and bytes that a program may share."""
+    if device.type != "cuda":
+        return 9, MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.shared_memory_per_block_optin
+
+
 def stages(device):
     """How many tiles are on their way to a program at once: what its memory holds, and two on AMD's."""
-    if torch.version.hip:
-        return 2
-    memory = SMALL_MEMORY
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return 3 if memory >= SMALL_MEMORY else 2
+    return 3 if launch.LANES == 32 and limits(device)[1] >= MEMORY else 2
