@@ -305,11 +305,13 @@ class _Gradients:
     def __init__(self, head: _Head, need_grad: list[bool], several: bool):
         self.head, (hidden, weight, bias) = head, need_grad
 
+        layout = torch.preserve_format if head.products is None else torch.contiguous_format
+
         def sum_like(x):
-            return torch.zeros_like(x, dtype=torch.float32 if several else x.dtype)
+            return torch.zeros_like(x, dtype=torch.float32 if several else x.dtype, memory_format=layout)
 
         dtype = head.hidden.dtype if head.shards is None else torch.float32
-        self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
+        self.hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=layout) if hidden else None
         self.weight = sum_like(head.whole_weight) if weight else None
         self.bias = torch.zeros_like(head.whole_bias, dtype=torch.float32) if bias else None
 

@@ -105,15 +105,13 @@ def gradient_of_head_rows(
         stats = stats_ptr + STATS * source
         top = tl.load(stats).to(tl.float32)
         total = tl.load(stats + 1)
-        mean = (tl.load(stats + 2) * LN2 / total).to(tl.float32)
+        mean = tl.load(stats + 2) * LN2 / total
         at_label = tl.load(stats + 4).to(tl.float32)
         log_sum, log_rest = log1p((total - 1.0).to(tl.float32))
-        logp = logp_of(top, at_label, log_sum, log_rest, rates).to(tl.float32)
-        g = tl.load(slopes_ptr + source).to(tl.float32)
-        h = tl.load(entropy_slopes_ptr + source).to(tl.float32)
+        logp = logp_of(top, at_label, log_sum, log_rest, rates)
         write_gradient(
-            row, out, 0, vocab, tl.load(labels_ptr + source), top, total.to(tl.float32), mean, at_label, logp, g, h,
-            rates, BLOCK, UNROLL,
+            row, out, 0, vocab, tl.load(labels_ptr + source), top, total, mean, at_label, logp,
+            tl.load(slopes_ptr + source), tl.load(entropy_slopes_ptr + source), rates, BLOCK, UNROLL,
         )  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def write_gradient(
     row, out, first, last, label, top, sum_, mean, at_label, logp, g, h, rates, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in the columns [first, last): g is d loss / d logp, h d loss / d entropy or None.
+    """The gradient in the columns [first, last): g is d loss / d logp, h d loss / d entropy or None; float32 or float64.
 
     From the last block to the first: what ``sums`` read last is still in the cache.
     """
@@ -197,12 +197,12 @@ def write_gradient(
     label_gradient = -s * g * expm1(logp)
     if h is None:
         beta = None
-        alpha = -s * g / sum_
+        alpha = (-s * g / sum_).to(tl.float32)
         broken = not_finite(alpha + label_gradient)
         idle = g == 0.0
     else:
-        beta = -s * h * LN2 / sum_
-        alpha = s * (h * mean - g) / sum_
+        beta = (-s * h * LN2 / sum_).to(tl.float32)
+        alpha = (s * (h * mean - g) / sum_).to(tl.float32)
         p = tl.exp(logp)
         label_gradient -= tl.where(p > 0.0, s * h * p * ((at_label - top) * s - mean), 0.0)
         broken = not_finite(alpha + beta + label_gradient)
@@ -225,4 +225,4 @@ def write_gradient(
             tl.store(out + start + columns, value, eviction_policy="evict_first")
         tl.debug_barrier()  # the label's entry lies in one of the blocks
         if (label >= first) & (label < last):
-            tl.store(out + label, label_gradient.to(out.dtype.element_ty))
+            tl.store(out + label, label_gradient.to(tl.float32).to(out.dtype.element_ty))

@@ -49,10 +49,9 @@ def test_products_are_made_by_matrix_units_from_tiles_that_are_fetched_ahead(tar
     assert len(products) == 3
     for k in products:
         assert k["matrix_units"] >= 4, k
-        # Three stages of a tile of each side; on AMD's one is on its way in registers.
-        stages, columns = (3, 128 if k["name"] == "add_rows_by_rows" and target != "sm_90" else 256)
-        tiles = 64 * (128 + columns) * 2
-        assert k["shared"] >= (stages * tiles if target.startswith("sm") else tiles), k
+        # Two tiles of each side at least; on AMD's one of them is in registers.
+        columns = 128 if k["name"] == "add_rows_by_rows" and target in ("sm_80", "sm_100") else 256
+        assert k["shared"] >= (2 if target.startswith("sm") else 1) * 64 * (128 + columns) * 2, k
 
 
 @pytest.mark.parametrize("target", TARGETS)
