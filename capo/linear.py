@@ -39,7 +39,7 @@ ABSENT = -2
 
 def policy_loss(
     hidden, weight, bias, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs,
-    row_temperature, need_grad, softcap, vocab_size, chunk_bytes, group, *rule_fields,
+    row_temperature, need_grad, softcap, vocab_size, chunk_bytes, group, num_live, *rule_fields,
 ):  # fmt: skip
     """Loss, metrics and gradients of hidden, weight and bias, None if not needed; see ``capo.linear_policy_loss``."""
     rule = LossRule(*rule_fields)
@@ -48,8 +48,9 @@ def policy_loss(
         reference.check_labels(head.op, labels, head.vocab, mask)
         reference.check_cumulative(head.op, "cu_seqlens", cu_seqlens, len(labels))
     live, response, weights, counts = reference.row_weights(advantages, cu_seqlens, mask, rule, torch.float64)
-    all_live = mask is None and (rule.kl_coef > 0 or rule.entropy_coef != 0)
-    rows = _Rows(head, live, all_live, labels, rule.temperature if row_temperature is None else row_temperature)
+    if mask is None and (rule.kl_coef > 0 or rule.entropy_coef != 0):
+        num_live = len(labels) if num_live is None else num_live
+    rows = _Rows(head, live, num_live, labels, rule.temperature if row_temperature is None else row_temperature)
     index = rows.index
     response, weights = response[index], rows.there(weights[index])
     values = [None if x is None else x[index] for x in (advantages, old_logprobs, ref_logprobs, rollout_logprobs)]
@@ -93,8 +94,8 @@ def policy_loss(
     num_active = counts.sum().clamp(min=1)
     loss = rows.total(loss.double() * weights, response, len(counts))
     if not checks_values(hidden.device.type):
-        fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(labels)) & (cu_seqlens.diff() >= 0).all()
-        loss = torch.where(fits, loss, torch.nan)
+        wrong = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != len(labels)) | (cu_seqlens.diff() < 0).any()
+        loss = torch.where(wrong if rows.wrong is None else wrong | rows.wrong, torch.nan, loss)
     metrics = (
         loss.float(),
         rows.scatter(logprobs),
@@ -105,13 +106,17 @@ def policy_loss(
     return *metrics, *gradients.results()
 
 
-def logprobs(hidden, weight, bias, labels, mask, row_temperature, temperature, softcap, vocab_size, chunk_bytes, group):
+def logprobs(
+    hidden, weight, bias, labels, mask, row_temperature, temperature, softcap, vocab_size, chunk_bytes, group, num_live
+):
     """Log-probabilities and entropies; see ``capo.linear_logprobs``."""
     head = _Head("linear_logprobs", hidden, weight, bias, softcap, vocab_size, chunk_bytes, group)
     if checks_values(hidden.device.type):
         reference.check_labels(head.op, labels, head.vocab, mask)
     live = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
-    rows = _Rows(head, live, mask is None, labels, temperature if row_temperature is None else row_temperature)
+    if mask is None and num_live is None:
+        num_live = len(labels)
+    rows = _Rows(head, live, num_live, labels, temperature if row_temperature is None else row_temperature)
     pieces = list(_pieces(0, len(rows.index), head.chunk_rows))
     with head.memory(max((last - first for first, last in pieces), default=0)):
         for first, last in pieces:
@@ -200,25 +205,29 @@ class _Head:
 class _Rows:
     """The live rows: what is known of each, in their order.
 
-    ``count``: how many of them are live, on the device; the rest are there to have a shape. None: all. ``counted``: rows
-    without gradient are left out where they are found.
+    ``count``: how many of them are live, on the device; the rest are there to have a shape. None: all. ``counted``: the
+    device was waited for, and is again for rows without gradient.
     """
 
-    def __init__(self, head: _Head, live: Tensor, all_live: bool, labels: Tensor, temperature: Tensor | float):
+    def __init__(self, head: _Head, live: Tensor, num_live: int | None, labels: Tensor, temperature: Tensor | float):
         self.head, self.counted, self.count = head, head.products is None, None
+        checked, number = checks_values(live.device.type), live.sum()
+        if checked and num_live is not None and num_live != int(number):
+            raise ValueError(f"{head.op}: num_live={num_live}, but {int(number)} of {len(live)} tokens are live")
         if self.counted:
             index = live.nonzero()[:, 0]
-        elif all_live:
-            index = torch.arange(len(live), device=live.device)
         else:
-            index = (~live).byte().sort(stable=True).indices
-            self.count = live.sum()
+            index = (~live).byte().sort(stable=True).indices[:num_live]
+            self.count = number if num_live is None else None
         self.index, self.size, labels = index, len(live), labels[index]
         self.labels = head.own_labels(labels)
         if self.count is not None:
             self.labels = torch.where(self.positions() < self.count, self.labels, ABSENT)
-        # Unchecked labels outside the vocabulary give NaN.
-        self.unknown = None if checks_values(live.device.type) else (labels < 0) | (labels >= head.vocab)
+        # Where nothing is checked, labels outside the vocabulary and a wrong number of live rows give NaN.
+        self.wrong = None if checked or num_live is None else number != num_live
+        self.unknown = None if checked else (labels < 0) | (labels >= head.vocab)
+        if self.unknown is not None and self.wrong is not None:
+            self.unknown = self.unknown | self.wrong
         self.temperature = temperature[index] if isinstance(temperature, Tensor) else temperature
         self.stats = torch.zeros(len(index), 5, dtype=torch.float64, device=index.device)
         self.slopes, self.entropy_slopes = self.stats.new_zeros(2, len(index))
@@ -233,7 +242,8 @@ class _Rows:
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the live rows in a row per token, 0 elsewhere."""
-        return torch.zeros(self.size, device=values.device).index_copy(0, self.index, self.there(values))
+        result = torch.zeros(self.size, device=values.device).index_copy(0, self.index, self.there(values))
+        return result if self.wrong is None else torch.where(self.wrong, torch.nan, result)
 
     def total(self, values: Tensor, response: Tensor, num_responses: int) -> Tensor:
         """Their sum. On a GPU ``index_add`` has no fixed order; that of all rows does not depend on chunks either."""

@@ -534,7 +534,7 @@ def test_opcheck(device):
     tokens = [getattr(head.batch, name) for name in fields]
     for need in ([True, True, True], [False, True, False], [False, False, False]):
         leaves = [x.detach().requires_grad_(wanted) for x, wanted in zip(head.leaves(), need, strict=True)]
-        args = (*leaves, *tokens, None, need, 5.0, None, 1 << 20, None, *capo.ops._fields(LossRule(kl_coef=0.1)))
+        args = (*leaves, *tokens, None, need, 5.0, None, 1 << 20, None, None, *capo.ops._fields(LossRule(kl_coef=0.1)))
         torch.library.opcheck(torch.ops.capo.linear_policy_loss.default, args)
 
 
