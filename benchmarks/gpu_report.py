@@ -220,7 +220,13 @@ def describe(case: str, name: str, kernel, target: str) -> Kernel:
         keys = "vgpr_count", "private_segment_fixed_size"
         registers, spilled = (int(re.search(rf"\.{key}: +(\d+)", text)[1]) for key in keys)
         loops = []
-        patterns = r"(?:buffer|global)_load_dwordx4", r"(?:buffer|global)_store_dwordx4", r"(?!)", r"_atomic_", r"v_mfma_"
+        patterns = (
+            r"(?:buffer|global)_load_dwordx4",
+            r"(?:buffer|global)_store_dwordx4",
+            r"(?!)",
+            r"_atomic_",
+            r"v_mfma_",
+        )
     else:
         text = kernel.asm["ptx"]
         with tempfile.TemporaryDirectory() as folder:

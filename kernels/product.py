@@ -153,7 +153,15 @@ def add_sum(values, total, count):
     if rows and width:
         with on_device(values):
             add_rows[(triton.cdiv(width, 128),)](
-                values, values.stride(0), total, count, rows, width, BLOCK_N=128, BLOCK_K=64, num_warps=8,
+                values,
+                values.stride(0),
+                total,
+                count,
+                rows,
+                width,
+                BLOCK_N=128,
+                BLOCK_K=64,
+                num_warps=8,
                 enable_fp_fusion=False,
             )
 

@@ -81,7 +81,12 @@ INTERPRETED = {
 }
 # The same of the tests of the loss from hidden states.
 INTERPRETED_LINEAR = {
-    "test_every_option": ("cpu-triton-default-float32", "triton-gspo-bfloat16", "triton-all-float16", "triton-dual-bfloat16"),
+    "test_every_option": (
+        "cpu-triton-default-float32",
+        "triton-gspo-bfloat16",
+        "triton-all-float16",
+        "triton-dual-bfloat16",
+    ),
     "test_every_regime": ("-inf-all-float32", "spike-all-float32", "huge-default-bfloat16"),
     "test_every_shape": ("-1-1-float32", "-2-7-bfloat16", "-4099-129-float32"),
     "test_what_is_clipped_and_dead_changes_no_denominator": ("default", "gspo_token"),
