@@ -72,7 +72,7 @@ def stats_of_head_rows(
         rates = rates_at(temperature_ptr, index, (rate, rest, lowest, inverse, inverse_rest))
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         own = (label >= 0) & (label < vocab)
-        top, at_label, total, centred, beyond = sums_of_row(
+        at_label, top, total, centred, beyond = sums_of_row(
             row, tl.where(own, label, 0), vocab, rates, BLOCK, UNROLL, NEIGHBOURS
         )
         sum_ = total.to(tl.float64) / ONE
