@@ -41,6 +41,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # An H200: streaming multiprocessors, clock under load, what a copy reaches, and what is assumed of its L2 cache.
 MULTIPROCESSORS, CLOCK, DRAM, L2 = 132, 1.7e9, 4.3e12, 5.5e12
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor
+# Floating-point operations a second in bfloat16: what cuBLAS reaches on large random matrices, what is assumed of Triton.
+CUBLAS, OWN = 7.9e14, 6.0e14
 
 
 class _NoDevice:
@@ -309,6 +311,51 @@ def predictions(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def linear_predictions(rows=4096, size=4096, vocab=128_256) -> str:
+    """Times of the loss from hidden states with both gradients, in one chunk, of matrix products and bytes."""
+    lines = [
+        f"| {rows} x {size} x {vocab} bf16 | Tflop | programs with work: logits, hidden, weight | products ms | rows ms | "
+        "zeros and programs without work ms | predicted ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    tall, wide = 128, 256  # a tile
+
+    def tiles(m, n):
+        return -(-m // tall) * -(-n // wide)
+
+    def waves(number, depth):
+        """Time of so many tiles, one on each multiprocessor at a time."""
+        return -(-number // MULTIPROCESSORS) * 2 * tall * wide * depth / (OWN / MULTIPROCESSORS)
+
+    for live in (1.0, 0.5, 0.25, 0.05):
+        count = round(live * rows)
+        flop = 6 * count * size * vocab
+        work = tiles(count, vocab), tiles(count, size), tiles(vocab, size)
+        own = [waves(work[0], size), waves(work[1], vocab), waves(work[2], -(-count // 64) * 64)]
+        # That of the weight reads and writes its gradient whatever the number of rows.
+        own[2] = max(own[2], 2 * 2 * vocab * size / DRAM)
+        logits = 2 * count * vocab / DRAM
+        zeros = 2 * vocab * size / DRAM
+        idle = (tiles(rows, vocab) + tiles(rows, size) - work[0] - work[1]) * 1e-6 / MULTIPROCESSORS
+        for name, products, rest in (
+            ("num_live", flop / CUBLAS, zeros),
+            ("counted on the device", sum(own), zeros + idle),
+        ):
+            times = products, 3 * logits, rest
+            numbers = ", ".join(map(str, work)) if name != "num_live" else ""
+            lines.append(
+                f"| live {live:g}, {name} | {flop / 1e12:.2f} | {numbers} | "
+                + " | ".join(f"{1e3 * t:.2f}" for t in (*times, sum(times)))
+                + " |"
+            )
+    lines.append(
+        f"| log-probabilities, all rows | {2 * rows * size * vocab / 1e12:.2f} |  | "
+        f"{2e3 * rows * size * vocab / CUBLAS:.2f} | {2e3 * rows * vocab / DRAM:.2f} | 0.00 | "
+        f"{2e3 * rows * vocab * (size / CUBLAS + 1 / DRAM):.2f} |"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -326,7 +373,7 @@ def main() -> None:
     for target, kernels in reports.items():
         print(f"\n### {target}, Triton {triton.__version__}\n\n{table(kernels, target.startswith('sm'))}")
         if target == "sm_90":
-            print(f"\n### Predictions for an H200\n\n{predictions(kernels)}")
+            print(f"\n### Predictions for an H200\n\n{predictions(kernels)}\n\n{linear_predictions()}")
 
 
 if __name__ == "__main__":

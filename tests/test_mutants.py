@@ -471,7 +471,7 @@ DEVICE_ROWS = [
 ]
 PRODUCTS_OF_ROWS = [
     Mutant(
-        "the number counts from the first row of all", FEW, "tl.load(count_ptr) - first, 0", "tl.load(count_ptr), 0"
+        "the number counts from the first row of all", COUNTS, "tl.load(count_ptr) - first, 0", "tl.load(count_ptr), 0"
     ),
     Mutant("the row after the last", COUNTS, "inside = i < number\n", "inside = i <= number\n"),
     Mutant("sums go one row too far", COUNTS, "there = start + k < number", "there = start + k <= number"),
@@ -489,7 +489,7 @@ PRODUCTS_OF_ROWS = [
     ),
     Mutant(
         "the last product only",
-        FEW,
+        TRITON + "test_any_number and all",
         "sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)",
         "sum_ = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
     ),
