@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import triton
-from capo.kernels import backend, launch
+from capo.kernels import backend, launch, product
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -41,6 +41,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # An H200: streaming multiprocessors, clock under load, what a copy reaches, and what is assumed of its L2 cache.
 MULTIPROCESSORS, CLOCK, DRAM, L2 = 132, 1.7e9, 4.3e12, 5.5e12
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor
+# Floating-point operations a second in bfloat16: what cuBLAS reaches on large random matrices, what is assumed of Triton.
+CUBLAS, OWN = 7.9e14, 6.0e14
 
 
 class _NoDevice:
@@ -72,7 +74,12 @@ def compiling(target: GPUTarget, only: Container[str] | None = None):
         return kernel
 
     driver.set_active(_NoDevice(target))
-    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(launch, "LANES", target.warp_size):
+    generation = target.arch // 10 if isinstance(target.arch, int) else 9
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launch, "LANES", target.warp_size),
+        mock.patch.object(product, "limits", lambda device: (generation, product.MEMORY)),
+    ):
         yield found
 
 
@@ -95,6 +102,30 @@ def launch_logprobs(dtype, vocab=151_936):
     backend.logprobs(logits, torch.zeros(2, dtype=torch.int64), 1.0, None)
 
 
+def launch_linear(dtype, rule, vocab=128_256, size=4096):
+    """Launch what ``capo.linear`` does for a chunk of which only the device knows how many rows are live."""
+    rows, count = 4, torch.tensor(3)
+    hidden, weight, logits = (torch.empty(shape, dtype=dtype) for shape in ((rows, size), (vocab, size), (rows, vocab)))
+    index, values = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    weights = slopes = values.double()
+    backend.rows_product(hidden, weight.t(), None, logits, count)
+    backend.row_stats(logits, index, rule.temperature)
+    terms = values, values, values, values, None, None, weights, torch.tensor([0, rows])
+    backend.loss_terms(*terms, *capo.ops._fields(rule))
+    backend.row_grads(logits, logits, index, index, slopes.new_zeros(rows, 5), slopes, slopes, rule.temperature)
+    backend.rows_product(logits, weight, None, hidden, count, targets=index)
+    backend.add_product(logits, hidden, torch.empty(vocab, size), count)
+
+
+def launch_head_options(dtype, rows=4, vocab=128_256):
+    """Launch what a bias and a softcap need besides, and rows with a temperature each."""
+    logits, index, count = torch.empty(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64), torch.tensor(3)
+    backend.cap_rows(logits, logits, 30.0, count)
+    backend.cap_rows(logits, logits, 30.0, count, rows=index)
+    backend.row_stats(logits, index, torch.ones(rows))
+    backend.add_sum(logits, torch.zeros(vocab), count)
+
+
 def launch_credit(rule):
     steps = torch.arange(0, 8, 2), torch.arange(2, 9, 2), torch.tensor([0, 2, 4])
     votes, outcomes = torch.zeros(4, 8, dtype=torch.int8), torch.tensor([1.0, 0.0])
@@ -111,13 +142,17 @@ CASES = {
     "loss, odd vocabulary": lambda: launch_policy_loss(torch.bfloat16, capo.LossRule(), vocab=151_643),
     "logprobs": lambda: launch_logprobs(torch.bfloat16),
     "logprobs, float32": lambda: launch_logprobs(torch.float32),
+    "linear": lambda: launch_linear(torch.bfloat16, capo.LossRule()),
+    "linear, float32": lambda: launch_linear(torch.float32, capo.LossRule(ratio="sequence")),
+    "linear, options": lambda: launch_head_options(torch.bfloat16),
     "credit": lambda: launch_credit(capo.ops._fields(capo.CreditRule())),
 }
 # Kernels that touch logits, for which every register counts.
-HOT = ("loss_of_rows", "stats_of_rows", "sums_of_parts", "gradient_of_rows")
-
-
-HOT_CASES = ("loss", "loss, float32", "loss, few rows", "logprobs")
+HOT = (
+    "loss_of_rows", "stats_of_rows", "sums_of_parts", "gradient_of_rows", "stats_of_head_rows", "gradient_of_head_rows",
+    "rows_times_matrix", "add_rows_by_rows",
+)  # fmt: skip
+HOT_CASES = ("loss", "loss, float32", "loss, few rows", "logprobs", "linear")
 
 
 @dataclass
@@ -135,11 +170,13 @@ class Kernel:
     name: str
     registers: int
     spilled: int
+    shared: int  # bytes of memory that a program shares
     warps: int
     wide_loads: int  # of 128 bits or more
     wide_stores: int
     evict_last: int  # loads that ask the cache to keep what they read
     atomics: int
+    matrix_units: int  # instructions for them
     loops: list[Loop]
 
     @property
@@ -185,7 +222,13 @@ def describe(case: str, name: str, kernel, target: str) -> Kernel:
         keys = "vgpr_count", "private_segment_fixed_size"
         registers, spilled = (int(re.search(rf"\.{key}: +(\d+)", text)[1]) for key in keys)
         loops = []
-        patterns = r"(?:buffer|global)_load_dwordx4", r"(?:buffer|global)_store_dwordx4", r"(?!)", r"_atomic_"
+        patterns = (
+            r"(?:buffer|global)_load_dwordx4",
+            r"(?:buffer|global)_store_dwordx4",
+            r"(?!)",
+            r"_atomic_",
+            r"v_mfma_",
+        )
     else:
         text = kernel.asm["ptx"]
         with tempfile.TemporaryDirectory() as folder:
@@ -200,9 +243,10 @@ def describe(case: str, name: str, kernel, target: str) -> Kernel:
             r"st\.global\S*\.v[48]\.b32",
             r"ld\.global\S*evict_last",
             r"\b(?:atom|red)\.",
+            r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)",
         )
     counts = [len(re.findall(pattern, text)) for pattern in patterns]
-    return Kernel(case, name, registers, spilled, kernel.metadata.num_warps, *counts, loops)
+    return Kernel(case, name, registers, spilled, kernel.metadata.shared, kernel.metadata.num_warps, *counts, loops)
 
 
 def report(target: str, hot: bool = False) -> list[Kernel]:
@@ -267,6 +311,51 @@ def predictions(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def linear_predictions(rows=4096, size=4096, vocab=128_256) -> str:
+    """Times of the loss from hidden states with both gradients, in one chunk, of matrix products and bytes."""
+    lines = [
+        f"| {rows} x {size} x {vocab} bf16 | Tflop | programs with work: logits, hidden, weight | products ms | rows ms | "
+        "zeros and programs without work ms | predicted ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    tall, wide = 128, 256  # a tile
+
+    def tiles(m, n):
+        return -(-m // tall) * -(-n // wide)
+
+    def waves(number, depth):
+        """Time of so many tiles, one on each multiprocessor at a time."""
+        return -(-number // MULTIPROCESSORS) * 2 * tall * wide * depth / (OWN / MULTIPROCESSORS)
+
+    for live in (1.0, 0.5, 0.25, 0.05):
+        count = round(live * rows)
+        flop = 6 * count * size * vocab
+        work = tiles(count, vocab), tiles(count, size), tiles(vocab, size)
+        own = [waves(work[0], size), waves(work[1], vocab), waves(work[2], -(-count // 64) * 64)]
+        # That of the weight reads and writes its gradient whatever the number of rows.
+        own[2] = max(own[2], 2 * 2 * vocab * size / DRAM)
+        logits = 2 * count * vocab / DRAM
+        zeros = 2 * vocab * size / DRAM
+        idle = (tiles(rows, vocab) + tiles(rows, size) - work[0] - work[1]) * 1e-6 / MULTIPROCESSORS
+        for name, products, rest in (
+            ("num_live", flop / CUBLAS, zeros),
+            ("counted on the device", sum(own), zeros + idle),
+        ):
+            times = products, 3 * logits, rest
+            numbers = ", ".join(map(str, work)) if name != "num_live" else ""
+            lines.append(
+                f"| live {live:g}, {name} | {flop / 1e12:.2f} | {numbers} | "
+                + " | ".join(f"{1e3 * t:.2f}" for t in (*times, sum(times)))
+                + " |"
+            )
+    lines.append(
+        f"| log-probabilities, all rows | {2 * rows * size * vocab / 1e12:.2f} |  | "
+        f"{2e3 * rows * size * vocab / CUBLAS:.2f} | {2e3 * rows * vocab / DRAM:.2f} | 0.00 | "
+        f"{2e3 * rows * vocab * (size / CUBLAS + 1 / DRAM):.2f} |"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -284,7 +373,7 @@ def main() -> None:
     for target, kernels in reports.items():
         print(f"\n### {target}, Triton {triton.__version__}\n\n{table(kernels, target.startswith('sm'))}")
         if target == "sm_90":
-            print(f"\n### Predictions for an H200\n\n{predictions(kernels)}")
+            print(f"\n### Predictions for an H200\n\n{predictions(kernels)}\n\n{linear_predictions()}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 
@@ -91,13 +92,17 @@ def kernel(name: str, device: torch.device) -> Callable:
     Raises:
         RuntimeError: the backend asked for cannot run on the device, or has no such function.
     """
+    backend = backend_with(name, device)
+    if backend is None:
+        raise RuntimeError(f"backend {_wanted()!r} has no {name!r} yet; leave the choice to 'auto', or use 'torch'")
+    return getattr(backend, name)
+
+
+def backend_with(name: str, device: torch.device) -> ModuleType | None:
+    """The backend that runs on this device, under ``auto`` the first that has the function ``name``; None if it has not."""
     candidates = available(device.type) if _wanted() == "auto" else (chosen(device.type),)
-    for backend in candidates:
-        module = "capo.cuda" if (backend, device.type) == ("native", "cuda") else BACKENDS[backend]
-        function = getattr(importlib.import_module(module), name, None)
-        if function is not None:
-            return function
-    raise RuntimeError(f"backend {candidates[-1]!r} has no {name!r} yet; leave the choice to 'auto', or use 'torch'")
+    paths = ("capo.cuda" if (x, device.type) == ("native", "cuda") else BACKENDS[x] for x in candidates)
+    return next((backend for backend in map(importlib.import_module, paths) if hasattr(backend, name)), None)
 
 
 @contextlib.contextmanager

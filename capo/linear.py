@@ -4,18 +4,24 @@ For each chunk one matrix product gives the logits, the backend (``row_stats``, 
 into their gradient in place, two more products take that to the hidden states and the weight. Dead rows are left out of
 all three, rows whose gradient turns out to be 0 of the last two. Weights of tokens and sums over them are made once for
 all chunks: nothing depends on how the rows are cut.
+
+On a CPU the rows that are left are counted, and the products are PyTorch's. A GPU is not waited for: where shapes do not say
+how many rows are live, all have their place in a chunk, the live ones first, and the products of the backend
+(``rows_product``, ``add_product``) read on the device how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from capo import reference
-from capo.backends import kernel
+from capo.backends import backend_with, checks_values, chosen, kernel
 from capo.losses import LossRule
 
 # A chunk has at least so many rows: with fewer, reading and writing the gradient of the weight takes longer than making it.
@@ -27,78 +33,103 @@ ROW_MULTIPLE = 32
 WEIGHT_BYTES = 8 << 20
 # Columns of the logits that are summed for the bias at a time: PyTorch makes a float32 copy of them.
 COLUMNS = 4096
+# The label of a row that is not there.
+ABSENT = -2
 
 
 def policy_loss(
     hidden, weight, bias, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs,
-    row_temperature, need_grad, softcap, vocab_size, chunk_bytes, group, *rule_fields,
+    row_temperature, need_grad, softcap, vocab_size, chunk_bytes, group, num_live, *rule_fields,
 ):  # fmt: skip
     """Loss, metrics and gradients of hidden, weight and bias, None if not needed; see ``capo.linear_policy_loss``."""
     rule = LossRule(*rule_fields)
     head = _Head("linear_policy_loss", hidden, weight, bias, softcap, vocab_size, chunk_bytes, group)
-    reference.check_labels(head.op, labels, head.vocab, mask)
-    reference.check_cumulative(head.op, "cu_seqlens", cu_seqlens, len(labels))
+    if checks_values(hidden.device.type) or len(cu_seqlens) == 1:
+        reference.check_labels(head.op, labels, head.vocab, mask)
+        reference.check_cumulative(head.op, "cu_seqlens", cu_seqlens, len(labels))
     live, response, weights, counts = reference.row_weights(advantages, cu_seqlens, mask, rule, torch.float64)
-    # On a GPU this waits for the number of live rows; a form without would keep that number, and the loop, on the device.
-    index = live.nonzero()[:, 0]
-    response, weights = response[index], weights[index]
+    if mask is None and (rule.kl_coef > 0 or rule.entropy_coef != 0):
+        num_live = len(labels) if num_live is None else num_live
+    rows = _Rows(head, live, num_live, labels, rule.temperature if row_temperature is None else row_temperature)
+    index = rows.index
+    response, weights = response[index], rows.there(weights[index])
     values = [None if x is None else x[index] for x in (advantages, old_logprobs, ref_logprobs, rollout_logprobs)]
-    rows = _Rows(head, index, labels, rule.temperature if row_temperature is None else row_temperature)
-    entropy_slopes = weights * -torch.tensor(rule.entropy_coef).item()
+    entropy_slopes = weights * -float(np.float32(rule.entropy_coef))
 
-    groups = list(_groups(response, head.chunk_rows, by_response=rule.ratio != "token"))
+    by_response = rule.ratio != "token"
+    groups = list(rows.groups(response, by_response))
     sizes = [last - first for first, last in groups for first, last in _pieces(first, last, head.chunk_rows)]
     gradients = _Gradients(head, need_grad, several=len(sizes) > 1)
-    loss_terms, parts = kernel("loss_terms", hidden.device), []
+    loss_terms, parts = head.kernel("loss_terms"), []
     with head.memory(max(sizes, default=0)):
         for first, last in groups:
             these = slice(first, last)
+            starts = [start for start, _ in _pieces(first, last, head.chunk_rows)]
             pieces = [torch.arange(*piece, device=index.device) for piece in _pieces(first, last, head.chunk_rows)]
-            for piece in pieces:
-                inputs, logits = rows.logits(piece)
+            for start, piece in zip(starts, pieces, strict=True):
+                inputs, logits = rows.logits(piece, start)
                 rows.read(piece, logits)
             logprobs, entropy = rows.logprobs(these)
-            cu = _boundaries(response[these]) if rule.ratio != "token" else torch.tensor([0, last - first])
+            cu = rows.boundaries(response[these], len(counts)) if by_response else None
+            cu = torch.arange(2, device=index.device) * (last - first) if cu is None else cu
             of_these = [None if x is None else x[these] for x in values]
-            *terms, slopes = loss_terms(logprobs, entropy, *of_these, weights[these], cu.to(index.device), *rule_fields)
+            *terms, slopes = loss_terms(logprobs, entropy, *of_these, weights[these], cu, *rule_fields)
             parts.append((logprobs, entropy, *terms))
             if not any(need_grad):
                 continue
             rows.slopes[these], rows.entropy_slopes[these] = slopes, entropy_slopes[these]
             kept = (slopes != 0) | (entropy_slopes[these] != 0)
             if len(pieces) == 1:
-                gradients.add(rows, pieces[0], _moves(kept), inputs, logits)
+                gradients.add(rows, pieces[0], *rows.moves(kept), inputs, logits)
+            elif not rows.counted:
+                for start, piece in zip(starts, pieces, strict=True):
+                    gradients.add(rows, piece, *rows.moves(kept[piece - first]), *rows.logits(piece, start))
             else:  # a response longer than a chunk: its logits are gone
                 for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0])):
-                    gradients.add(rows, piece, torch.arange(len(piece), device=index.device), *rows.logits(piece))
+                    moves = torch.arange(len(piece), device=index.device)
+                    gradients.add(rows, piece, moves, None, *rows.logits(piece))
 
     empty = [hidden.new_zeros(0, dtype=torch.float32)] * 4 + [live[:0]]
     logprobs, entropy, loss, kl, clipped = (torch.cat(part) for part in zip(*(parts or [empty]), strict=True))
     num_active = counts.sum().clamp(min=1)
-    by_response = torch.zeros(len(counts), dtype=torch.float64, device=index.device)
+    loss = rows.total(loss.double() * weights, response, len(counts))
+    if not checks_values(hidden.device.type):
+        wrong = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != len(labels)) | (cu_seqlens.diff() < 0).any()
+        loss = torch.where(wrong if rows.wrong is None else wrong | rows.wrong, torch.nan, loss)
     metrics = (
-        by_response.index_add(0, response, loss.double() * weights).sum().float(),
-        torch.zeros(len(live), device=index.device).index_copy(0, index, logprobs),
-        torch.zeros(len(live), device=index.device).index_copy(0, index, entropy),
+        loss.float(),
+        rows.scatter(logprobs),
+        rows.scatter(entropy),
         (clipped.sum().double() / num_active).float(),
-        (by_response.index_add(0, response, kl.double()).sum() / num_active).float(),
+        (rows.total(kl.double(), response, len(counts)) / num_active).float(),
     )
     return *metrics, *gradients.results()
 
 
-def logprobs(hidden, weight, bias, labels, mask, row_temperature, temperature, softcap, vocab_size, chunk_bytes, group):
+def logprobs(
+    hidden, weight, bias, labels, mask, row_temperature, temperature, softcap, vocab_size, chunk_bytes, group, num_live
+):
     """Log-probabilities and entropies; see ``capo.linear_logprobs``."""
     head = _Head("linear_logprobs", hidden, weight, bias, softcap, vocab_size, chunk_bytes, group)
-    reference.check_labels(head.op, labels, head.vocab, mask)
-    index = torch.arange(len(labels), device=labels.device) if mask is None else mask.nonzero()[:, 0]
-    rows = _Rows(head, index, labels, temperature if row_temperature is None else row_temperature)
-    pieces = list(_pieces(0, len(index), head.chunk_rows))
+    if checks_values(hidden.device.type):
+        reference.check_labels(head.op, labels, head.vocab, mask)
+    live = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+    if mask is None and num_live is None:
+        num_live = len(labels)
+    rows = _Rows(head, live, num_live, labels, temperature if row_temperature is None else row_temperature)
+    pieces = list(_pieces(0, len(rows.index), head.chunk_rows))
     with head.memory(max((last - first for first, last in pieces), default=0)):
-        for piece in pieces:
-            piece = torch.arange(*piece, device=index.device)
-            rows.read(piece, rows.logits(piece)[1])
-    values = rows.logprobs(slice(None))
-    return tuple(torch.zeros(len(labels), device=index.device).index_copy(0, index, x) for x in values)
+        for first, last in pieces:
+            piece = torch.arange(first, last, device=labels.device)
+            rows.read(piece, rows.logits(piece, first)[1])
+    return tuple(rows.scatter(x) for x in rows.logprobs(slice(None)))
+
+
+def _products(device: torch.device) -> ModuleType | None:
+    """The backend whose products know on the device how many rows are live; None: rows are counted, which waits."""
+    if device.type == "cpu" and chosen("cpu") != "triton":
+        return None
+    return backend_with("rows_product", device)
 
 
 class _Head:
@@ -106,6 +137,7 @@ class _Head:
 
     def __init__(self, op, hidden, weight, bias, softcap, vocab_size, chunk_bytes, group):
         self.op, self.hidden, self.whole_weight, self.whole_bias, self.softcap = op, hidden, weight, bias, softcap
+        self.products = _products(hidden.device)
         self.shards = None if group is None else _Shards(group, weight)
         first, self.vocab = (0, len(weight)) if self.shards is None else (self.shards.first, self.shards.vocab)
         if vocab_size is not None:
@@ -121,6 +153,9 @@ class _Head:
         rows = max(chunk_bytes // row_bytes, MIN_CHUNK_ROWS)
         self.chunk_rows = rows // ROW_MULTIPLE * ROW_MULTIPLE
 
+    def kernel(self, name: str) -> Callable:
+        return kernel(name, self.hidden.device) if self.products is None else getattr(self.products, name)
+
     @contextmanager
     def memory(self, rows: int) -> Iterator[None]:
         """Memory for chunks of up to so many rows, with anything in it."""
@@ -128,7 +163,7 @@ class _Head:
         # The derivative of the softcap needs the logits as they were before.
         widths = [self.width, self.hidden.shape[1], *([self.width] if self.softcap is not None else [])]
         sizes = [-(-size * width * dtype.itemsize // 64) * 64 for width in widths]
-        with kernel("workspace", self.hidden.device)(sum(sizes), self.hidden.device) as workspace:
+        with self.kernel("workspace")(sum(sizes), self.hidden.device) as workspace:
             parts = [
                 part[: size * width * dtype.itemsize].view(dtype).view(size, width)
                 for part, width in zip(workspace.split(sizes), widths, strict=True)
@@ -138,11 +173,20 @@ class _Head:
             yield
             del self.buffer, self.inputs, self.uncapped
 
-    def logits(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of some rows and their logits, in memory that the next call uses again."""
+    def logits(self, index: Tensor, count: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+        """Hidden states of some rows and their logits, in memory that the next call uses again.
+
+        ``count``: only the first ``count - first`` are wanted.
+        """
         size = _rounded(len(index))
         inputs, logits = self.inputs[:size], self.uncapped[:size]
         torch.index_select(self.hidden, 0, index, out=inputs[: len(index)])
+        if count is not None:
+            inputs, logits = inputs[: len(index)], logits[: len(index)]
+            self.kernel("rows_product")(inputs, self.weight.t(), self.bias, logits, count, first)
+            if self.softcap is not None:
+                self.kernel("cap_rows")(logits, self.buffer[: len(index)], self.softcap, count, first)
+            return inputs, self.buffer[: len(index)]
         if self.bias is None:
             torch.mm(inputs, self.weight.t(), out=logits)
         else:
@@ -159,22 +203,81 @@ class _Head:
 
 
 class _Rows:
-    """The live rows: what is known of each, in their order."""
+    """The live rows: what is known of each, in their order.
 
-    def __init__(self, head: _Head, index: Tensor, labels: Tensor, temperature: Tensor | float):
-        self.head, self.index, self.labels = head, index, head.own_labels(labels[index])
+    ``count``: how many of them are live, on the device; the rest are there to have a shape. None: all. ``counted``: the
+    device was waited for, and is again for rows without gradient.
+    """
+
+    def __init__(self, head: _Head, live: Tensor, num_live: int | None, labels: Tensor, temperature: Tensor | float):
+        self.head, self.counted, self.count = head, head.products is None, None
+        checked, number = checks_values(live.device.type), live.sum()
+        if checked and num_live is not None and num_live != int(number):
+            raise ValueError(f"{head.op}: num_live={num_live}, but {int(number)} of {len(live)} tokens are live")
+        if self.counted:
+            index = live.nonzero()[:, 0]
+        else:
+            index = (~live).byte().sort(stable=True).indices[:num_live]
+            self.count = number if num_live is None else None
+        self.index, self.size, labels = index, len(live), labels[index]
+        self.labels = head.own_labels(labels)
+        if self.count is not None:
+            self.labels = torch.where(self.positions() < self.count, self.labels, ABSENT)
+        # Where nothing is checked, labels outside the vocabulary and a wrong number of live rows give NaN.
+        self.wrong = None if checked or num_live is None else number != num_live
+        self.unknown = None if checked else (labels < 0) | (labels >= head.vocab)
+        if self.unknown is not None and self.wrong is not None:
+            self.unknown = self.unknown | self.wrong
         self.temperature = temperature[index] if isinstance(temperature, Tensor) else temperature
         self.stats = torch.zeros(len(index), 5, dtype=torch.float64, device=index.device)
         self.slopes, self.entropy_slopes = self.stats.new_zeros(2, len(index))
-        self.row_stats, self.row_logprobs, self.row_grads = (
-            kernel(name, index.device) for name in ("row_stats", "row_logprobs", "row_grads")
-        )
+        self.row_stats, self.row_logprobs, self.row_grads = map(head.kernel, ("row_stats", "row_logprobs", "row_grads"))
+
+    def positions(self) -> Tensor:
+        return torch.arange(len(self.index), device=self.index.device)
+
+    def there(self, values: Tensor) -> Tensor:
+        """Values of live rows, 0 for the rest."""
+        return values if self.count is None else torch.where(self.positions() < self.count, values, 0)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the live rows in a row per token, 0 elsewhere."""
+        result = torch.zeros(self.size, device=values.device).index_copy(0, self.index, self.there(values))
+        return result if self.wrong is None else torch.where(self.wrong, torch.nan, result)
+
+    def total(self, values: Tensor, response: Tensor, num_responses: int) -> Tensor:
+        """Their sum. On a GPU ``index_add`` has no fixed order; that of all rows does not depend on chunks either."""
+        if not self.counted:
+            return self.there(values).sum()
+        return values.new_zeros(num_responses).index_add(0, response, values).sum()
+
+    def groups(self, response: Tensor, by_response: bool) -> Iterator[tuple[int, int]]:
+        """Rows whose gradient is made in one go."""
+        if by_response and not self.counted:
+            return iter([(0, len(response))] if len(response) else [])
+        return _groups(response, self.head.chunk_rows, by_response)
+
+    def boundaries(self, response: Tensor, num_responses: int) -> Tensor:
+        """Cumulative lengths of responses of which there are live rows."""
+        if self.counted:
+            return _boundaries(response)
+        one = self.there(torch.ones_like(response))
+        lengths = one.new_zeros(num_responses).index_add(0, response, one)
+        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+    def moves(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows that bring the kept ones together, and how many these are if only the device knows."""
+        if self.counted:
+            return _moves(kept), None
+        if self.count is None:
+            return torch.arange(len(kept), device=kept.device), None
+        return _moves_on_device(kept)
 
     def temperature_of(self, rows: Tensor | slice) -> Tensor | float:
         return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
 
-    def logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head.logits(self.index[rows])
+    def logits(self, rows: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        return self.head.logits(self.index[rows], self.count, first)
 
     def read(self, rows: Tensor, logits: Tensor) -> None:
         """Take down what the logits of some rows say."""
@@ -189,15 +292,18 @@ class _Rows:
         self.stats[rows] = stats
 
     def logprobs(self, rows: slice) -> tuple[Tensor, Tensor]:
-        return self.row_logprobs(self.stats[rows], self.head.hidden.dtype, self.temperature_of(rows))
+        logprobs, entropy = self.row_logprobs(self.stats[rows], self.head.hidden.dtype, self.temperature_of(rows))
+        return logprobs if self.unknown is None else torch.where(self.unknown[rows], torch.nan, logprobs), entropy
 
-    def gradient(self, rows: Tensor, moves: Tensor, logits: Tensor) -> Tensor:
+    def gradient(self, rows: Tensor, moves: Tensor, count: Tensor | None, logits: Tensor) -> Tensor:
         """The gradient of the logits of ``rows[moves]``, in their memory."""
         values = self.labels[rows], self.stats[rows], self.slopes[rows], self.entropy_slopes[rows]
         grad = logits[: len(moves)]
         self.row_grads(logits, grad, moves, *values, self.temperature_of(rows))
         softcap = self.head.softcap
-        if softcap is not None:
+        if softcap is not None and count is not None:
+            self.head.kernel("cap_rows")(self.head.uncapped, grad, softcap, count, rows=moves)
+        elif softcap is not None:
             for block, taken in zip(grad.split(ROW_MULTIPLE), moves.split(ROW_MULTIPLE), strict=True):
                 block.copy_(block.float() / torch.cosh(self.head.uncapped[taken].float() / softcap) ** 2)
         return grad
@@ -209,26 +315,49 @@ class _Gradients:
     def __init__(self, head: _Head, need_grad: list[bool], several: bool):
         self.head, (hidden, weight, bias) = head, need_grad
 
+        layout = torch.preserve_format if head.products is None else torch.contiguous_format
+
         def sum_like(x):
-            return torch.zeros_like(x, dtype=torch.float32 if several else x.dtype)
+            return torch.zeros_like(x, dtype=torch.float32 if several else x.dtype, memory_format=layout)
 
         dtype = head.hidden.dtype if head.shards is None else torch.float32
-        self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
+        self.hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=layout) if hidden else None
         self.weight = sum_like(head.whole_weight) if weight else None
         self.bias = torch.zeros_like(head.whole_bias, dtype=torch.float32) if bias else None
 
-    def add(self, rows: _Rows, piece: Tensor, moves: Tensor, inputs: Tensor, logits: Tensor) -> None:
-        """Add what the rows ``piece[moves]`` contribute, whose hidden states and logits are given."""
-        count = len(moves)
-        if count == 0 or self.head.width == 0:
+    def add(
+        self, rows: _Rows, piece: Tensor, moves: Tensor, count: Tensor | None, inputs: Tensor, logits: Tensor
+    ) -> None:
+        """Add what the rows ``piece[moves]``, or the first ``count`` of them, contribute, whose hidden states and logits are
+        given."""
+        if len(moves) == 0 or self.head.width == 0:
             return
-        grad = rows.gradient(piece, moves, logits)
+        grad = rows.gradient(piece, moves, count, logits)
+        if count is None:
+            self.add_rows(rows.index[piece[moves]], grad, inputs if len(moves) == len(piece) else inputs[moves])
+        else:
+            moves = moves.clamp(min=0)
+            self.add_counted(rows.index[piece[moves]], grad, inputs[moves], count)
+
+    def add_counted(self, index: Tensor, grad: Tensor, inputs: Tensor, count: Tensor) -> None:
+        """Add what the first rows with a gradient contribute, which only the device counts."""
+        width, kernel = self.head.width, self.head.kernel
+        if self.hidden is not None:
+            kernel("rows_product")(grad, self.head.weight, None, self.hidden, count, targets=index)
+        if self.weight is not None:
+            kernel("add_product")(grad, inputs, self.weight[:width], count)
+        if self.bias is not None:
+            kernel("add_sum")(grad, self.bias[:width], count)
+
+    def add_rows(self, index: Tensor, grad: Tensor, inputs: Tensor) -> None:
+        """Add what rows with these gradients of their logits contribute."""
+        count = len(index)
         if self.hidden is not None:
             # Rows beyond, of any content, have no influence on the others.
             product = torch.mm(self.head.buffer[: _rounded(count)], self.head.weight)
-            self.hidden.index_copy_(0, rows.index[piece[moves]], product[:count].to(self.hidden.dtype))
+            self.hidden.index_copy_(0, index, product[:count].to(self.hidden.dtype))
         if self.weight is not None:
-            self.add_to_weight(self.weight, grad, inputs if count == len(piece) else inputs[moves])
+            self.add_to_weight(self.weight, grad, inputs)
         if self.bias is not None:
             total = self.bias[: self.head.width]
             for part, columns in zip(total.split(COLUMNS), grad.split(COLUMNS, 1), strict=True):
@@ -240,6 +369,8 @@ class _Gradients:
             torch.addmm(total, grad.t(), inputs, out=total)
         elif total.dtype == grad.dtype:  # there is but this chunk
             torch.mm(grad.t(), inputs, out=total)
+        elif total.is_cuda:
+            torch.addmm(total, grad.t(), inputs, out_dtype=torch.float32, out=total)
         else:
             size = max(WEIGHT_BYTES // (inputs[0].numel() * inputs.element_size() + 1), 1)
             for part, columns in zip(total.split(size), grad.split(size, 1), strict=True):
@@ -330,3 +461,14 @@ def _moves(kept: Tensor) -> Tensor:
     moves = torch.arange(count, device=kept.device)
     moves[~kept[:count]] = count + kept[count:].nonzero()[:, 0]
     return moves
+
+
+def _moves_on_device(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """As above but for all rows, -1 from the number of kept ones on; and that number. Nothing waits for it."""
+    count, row = kept.sum(), torch.arange(len(kept), device=kept.device)
+    inside = row < count
+    vacant, left = inside & ~kept, ~inside & kept
+    # Of the rows left over the i-th comes to the i-th vacant place, i from 1; those that are none of them meet at 0.
+    found = row.new_zeros(len(kept) + 1).scatter(0, torch.where(left, left.cumsum(0), 0), row)
+    moves = torch.where(vacant, found[vacant.cumsum(0)], row)
+    return torch.where(inside, moves, -1), count

@@ -195,6 +195,7 @@ def linear_policy_loss(
     vocab_size: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     group: ProcessGroup | None = None,
+    num_live: int | None = None,
 ) -> PolicyLoss:
     """``policy_loss`` of the logits ``hidden @ weight.T + bias``, which never exist as a whole.
 
@@ -220,6 +221,9 @@ def linear_policy_loss(
         group: process group over whose ranks ``weight`` (and ``bias``) are split by rows, in the order of the ranks. All
             other arguments are the same on all ranks; ``vocab_size`` counts the rows of all. The loss and the gradient
             of ``hidden`` are whole on each rank.
+        num_live: how many tokens are live, where that is known without asking the GPU; None: it is found out. On a GPU the
+            products are then those of cuBLAS, of these rows, also of those that turn out clipped. A wrong number gives NaN
+            there, and an error on the CPU.
 
     Returns:
         PolicyLoss: ``loss`` is differentiable with respect to ``hidden``, ``weight`` and ``bias``; those that do not
@@ -232,7 +236,7 @@ def linear_policy_loss(
     return PolicyLoss(
         *ops.linear_policy_loss(
             hidden, weight, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs,
-            bias, temperature, softcap, vocab_size, chunk_bytes, group,
+            bias, temperature, softcap, vocab_size, chunk_bytes, group, num_live,
         )
     )  # fmt: skip
 
@@ -249,6 +253,7 @@ def linear_logprobs(
     vocab_size: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     group: ProcessGroup | None = None,
+    num_live: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``logprobs`` of the logits ``hidden @ weight.T + bias``, which never exist as a whole; no gradient. [N], [N]
 
@@ -258,6 +263,7 @@ def linear_logprobs(
 
     Args:
         hidden, weight, bias, softcap, vocab_size, chunk_bytes, group: as of ``linear_policy_loss``.
+        num_live: the number of rows that are read, where it is known without asking the GPU; as of ``linear_policy_loss``.
         labels: [N] int64.
         temperature: logits are divided by it; above 0; one for all rows, or [N] float.
         mask: [N] bool, False for rows that are not read and get 0; None: all are read.
@@ -265,7 +271,9 @@ def linear_logprobs(
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit, named.
     """
-    return ops.linear_logprobs(hidden, weight, labels, temperature, mask, bias, softcap, vocab_size, chunk_bytes, group)
+    return ops.linear_logprobs(
+        hidden, weight, labels, temperature, mask, bias, softcap, vocab_size, chunk_bytes, group, num_live
+    )
 
 
 def logprobs(

@@ -211,7 +211,7 @@ def logprobs(logits, labels, temperature, mask) -> tuple[Tensor, Tensor]:
 # ---- linear_policy_loss: hidden states and the weight of the head -> loss, metrics and gradients; no [N, V]
 
 _HEAD_ARGS = "Tensor hidden, Tensor weight, Tensor? bias"
-_HEAD_OPTIONS = "float? softcap, SymInt? vocab_size, SymInt chunk_bytes, str? group"
+_HEAD_OPTIONS = "float? softcap, SymInt? vocab_size, SymInt chunk_bytes, str? group, SymInt? num_live"
 _lib.define(
     f"linear_policy_loss({_HEAD_ARGS}, {_TOKEN_ARGS}, Tensor? row_temperature, bool[3] need_grad, {_HEAD_OPTIONS}, "
     f"{_RULE_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -243,9 +243,9 @@ def _linear_policy_loss_setup(ctx, inputs, output):
 
 def _linear_policy_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 28
+        return (None,) * 29
     pairs = zip(ctx.saved_tensors, ctx.need_grad, strict=True)
-    return *(grad * grad_loss if needed else None for grad, needed in pairs), *(None,) * 25
+    return *(grad * grad_loss if needed else None for grad, needed in pairs), *(None,) * 26
 
 
 torch.library.register_autograd(
@@ -278,7 +278,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 def linear_policy_loss(
     hidden, weight, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, bias,
-    temperature, softcap, vocab_size, chunk_bytes, group,
+    temperature, softcap, vocab_size, chunk_bytes, group, num_live,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, logprobs, entropy, clip_fraction, kl); see ``capo.linear_policy_loss``."""
     op = "linear_policy_loss"
@@ -291,7 +291,7 @@ def linear_policy_loss(
         temperature is None or rule.temperature == 1,
         lambda: f"{op}: temperature of each row and rule.temperature={rule.temperature}; leave one of them out",
     )
-    options = _head_options(op, weight, softcap, vocab_size, chunk_bytes, group)
+    options = _head_options(op, hidden, weight, softcap, vocab_size, chunk_bytes, group, num_live)
     grad_mode = torch.is_grad_enabled()
     need_grad = [grad_mode and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     args = (*tokens, row_temperature, need_grad, *options, *_fields(rule))
@@ -322,7 +322,7 @@ def _linear_logprobs_fake(hidden, *args):
 
 
 def linear_logprobs(
-    hidden, weight, labels, temperature, mask, bias, softcap, vocab_size, chunk_bytes, group
+    hidden, weight, labels, temperature, mask, bias, softcap, vocab_size, chunk_bytes, group, num_live
 ) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy); see ``capo.linear_logprobs``."""
     op = "linear_logprobs"
@@ -335,7 +335,7 @@ def linear_logprobs(
         lambda: f"{op}: temperature must be finite and above 0, got {temperature!r}",
     )
     mask = _row_mask(op, mask, hidden)
-    options = _head_options(op, weight, softcap, vocab_size, chunk_bytes, group)
+    options = _head_options(op, hidden, weight, softcap, vocab_size, chunk_bytes, group, num_live)
     with torch.no_grad():
         return torch.ops.capo.linear_logprobs(
             hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
@@ -431,7 +431,7 @@ def _require_like(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
     )
 
 
-def _head_options(op, weight, softcap, vocab_size, chunk_bytes, group) -> tuple:
+def _head_options(op, hidden, weight, softcap, vocab_size, chunk_bytes, group, num_live) -> tuple:
     _require(
         softcap is None or 0 < softcap < float("inf"),
         lambda: f"{op}: softcap must be finite and above 0, or None, got {softcap!r}",
@@ -442,11 +442,16 @@ def _head_options(op, weight, softcap, vocab_size, chunk_bytes, group) -> tuple:
             lambda: f"{op}: vocab_size must be 1 to {weight.shape[0]}, or None, got {vocab_size!r}",
         )
     _require(chunk_bytes > 0, lambda: f"{op}: chunk_bytes must be above 0, got {chunk_bytes!r}")
+    _require(
+        num_live is None or 0 <= num_live <= hidden.shape[0],
+        lambda: f"{op}: num_live must be 0 to {hidden.shape[0]}, or None, got {num_live!r}",
+    )
     return (
         None if softcap is None else float(softcap),
         vocab_size,
         chunk_bytes,
         None if group is None else group.group_name,
+        num_live,
     )
 
 

@@ -198,7 +198,8 @@ def row_weights(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which tokens are live, bool [N]; the response of each, [N]; its weight in the loss, [N]; unmasked tokens, [B]."""
     lengths = cu_seqlens.diff()
-    response = torch.repeat_interleave(torch.arange(len(lengths), device=advantages.device), lengths)
+    response = torch.bucketize(torch.arange(len(advantages), device=advantages.device), cu_seqlens[1:], right=True)
+    response = response.clamp(max=max(len(lengths) - 1, 0))  # where lengths are wrong and nobody checked them
     active = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
     counts = torch.zeros_like(lengths).index_add(0, response, active.to(lengths.dtype))
     live = active & live_tokens(advantages, active, response, len(lengths), rule)
@@ -409,9 +410,8 @@ def live_tokens(advantages: Tensor, active: Tensor, response: Tensor, num_respon
     live = active & (advantages != 0)
     if rule.ratio == "token":
         return live
-    alive = torch.zeros(num_responses, dtype=torch.bool, device=advantages.device)
-    alive[response[live]] = True
-    return alive[response]
+    alive = torch.zeros(num_responses, dtype=torch.int64, device=advantages.device)
+    return alive.index_add(0, response, live.long())[response] > 0
 
 
 # ---- the functions of a backend: plain tensors in and out. Gradients go into ``grad``: zeros, the logits, or None.

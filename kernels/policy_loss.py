@@ -265,12 +265,23 @@ def new_gradient(logits):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def formula_of(rule):
+    """Numbers of the formula of a token, and which formula it is, as the kernels take them."""
+    clip_low, clip_high, clip_dual = rule[:3]
+    kl_coef, kl, entropy_coef, _, objective, importance_cap = rule[6:]
+    numbers = (
+        1.0 - clip_low, 1.0 + clip_high, float("inf") if clip_dual is None else clip_dual, kl_coef, entropy_coef or None,
+        float("inf") if importance_cap is None else importance_cap,
+    )  # fmt: skip
+    return numbers, {"CISPO": objective == "cispo", "KL": _KL.index(kl) if kl_coef > 0 else 0}
+
+
 def policy_loss(
     logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
 ):
     """(loss, logprobs, entropy, clip_fraction, kl); the gradient goes into ``grad``, which may be the logits, or None."""
-    clip_low, clip_high, clip_dual, ratio, reduce, constant = rule[:6]
-    kl_coef, kl, entropy_coef, temperature, objective, importance_cap = rule[6:]
+    ratio, reduce, constant = rule[3:6]
+    kl_coef, _, entropy_coef, temperature = rule[6:10]
     rows, vocab = logits.shape
     responses = cu_seqlens.numel() - 1
     check_vocab("policy_loss", vocab)
@@ -287,12 +298,9 @@ def policy_loss(
     active = None if mask is None else mask.sum()
     scale = 1.0 if reduce == "sequence_mean" else 1.0 / (constant or max(rows, 1))
     each = active if reduce == "token_mean" else None  # the weights are multiplied by its inverse, or by ``scale``
+    formula, kind = formula_of(rule)
+    formula = *formula, scale
     entropy_coef = entropy_coef or None
-    formula = (
-        1.0 - clip_low, 1.0 + clip_high, float("inf") if clip_dual is None else clip_dual, kl_coef, entropy_coef,
-        float("inf") if importance_cap is None else importance_cap, scale,
-    )  # fmt: skip
-    kind = {"CISPO": objective == "cispo", "KL": _KL.index(kl) if kl_coef > 0 else 0}
     rates = rates_of(logits, temperature)
     per_token = advantages, old_logprobs, ref_logprobs, rollout_logprobs
     aligned = alignment(logits, grad)

@@ -50,6 +50,17 @@ def to_fixed(x, unit):
 
 
 @triton.jit
+def add_exactly(sum_, moment, total, centred, beyond, NEIGHBOURS: tl.constexpr):
+    """The integers and whether they do not fit, with the sums of what each thread has added to them."""
+    sum_ = add_neighbours(sum_, NEIGHBOURS)
+    moment = add_neighbours(moment, NEIGHBOURS)
+    fits = sum_ < LIMIT
+    total += to_fixed(tl.where(fits, sum_, 0.0), ONE)
+    centred += to_fixed(tl.where(fits, moment, 0.0), CENTRED_ONE)
+    return total, centred, beyond | tl.where(fits, 0, 1)
+
+
+@triton.jit
 def first_guess(row, label, vocab, BLOCK: tl.constexpr):
     """The largest logit of the first block and the label's, which was sampled: near the largest of all, mostly."""
     columns = tl.arange(0, BLOCK)
@@ -90,12 +101,7 @@ def sums(row, first, last, top, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr
             e, t = powers(z.to(tl.float32), top, rates)
             sum_ += e
             moment = tl.fma(e, t, moment)
-        sum_ = add_neighbours(sum_, NEIGHBOURS)
-        moment = add_neighbours(moment, NEIGHBOURS)
-        fits = sum_ < LIMIT
-        total += to_fixed(tl.where(fits, sum_, 0.0), ONE)
-        centred += to_fixed(tl.where(fits, moment, 0.0), CENTRED_ONE)
-        beyond |= tl.where(fits, 0, 1)
+        total, centred, beyond = add_exactly(sum_, moment, total, centred, beyond, NEIGHBOURS)
     if whole < last:
         sum_ = tl.zeros([BLOCK], tl.float32)
         moment = tl.zeros([BLOCK], tl.float32)
@@ -105,43 +111,67 @@ def sums(row, first, last, top, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr
             e, t = powers(z.to(tl.float32), top, rates)
             sum_ += e
             moment = tl.fma(e, t, moment)
-        sum_ = add_neighbours(sum_, NEIGHBOURS)
-        moment = add_neighbours(moment, NEIGHBOURS)
-        fits = sum_ < LIMIT
-        total += to_fixed(tl.where(fits, sum_, 0.0), ONE)
-        centred += to_fixed(tl.where(fits, moment, 0.0), CENTRED_ONE)
-        beyond |= tl.where(fits, 0, 1)
+        total, centred, beyond = add_exactly(sum_, moment, total, centred, beyond, NEIGHBOURS)
     return tl.sum(total, 0), tl.sum(centred, 0), tl.max(beyond, 0)
 
 
 @triton.jit
-def finish(top, at_label, total, centred, beyond, rates):
-    """logp, entropy, sum of exp(z - top) and the mean of z - top, from the sums of a row; NaN if they do not fit."""
+def logp_of(top, at_label, log_sum, log_rest, rates):
+    """Log-probability of the label, from the logarithm of the sum of exp(z - top) in two parts. float64"""
+    # A handful of numbers for each row, in float64: the difference may be much smaller than its parts.
+    below = at_label.to(tl.float64) - top.to(tl.float64)
+    logp = below * rates[3] + (below * rates[4] - (log_sum.to(tl.float64) + log_rest.to(tl.float64)))
+    return tl.where(below == -float("inf"), below, logp)
+
+
+@triton.jit
+def results_of_row(known, at_label, top, total, centred, beyond, rates):
+    """logp, entropy, top, sum of exp(z - top), mean of z - top and the label's logit, from the sums of a row.
+
+    NaN if they do not fit; without a ``known`` label there is no logp.
+    """
     LN2: tl.constexpr = 0.6931471805599453
     nan = tl.where(beyond == 0, 0.0, float("nan"))
     log_sum, log_rest = log1p((total - 17179869184).to(tl.float32) * (1 / ONE))
     sum_ = total.to(tl.float32) * (1 / ONE)
     mean = centred.to(tl.float32) * (LN2 / CENTRED_ONE) / sum_
-    # A handful of numbers for each row, in float64: the difference may be much smaller than its parts.
-    below = at_label.to(tl.float64) - top.to(tl.float64)
-    logp = below * rates[3] + (below * rates[4] - (log_sum.to(tl.float64) + log_rest.to(tl.float64)))
-    logp = tl.where(below == -float("inf"), below, logp).to(tl.float32)
-    return logp + nan, log_sum + (log_rest - mean) + nan, sum_ + nan, mean + nan
+    logp = logp_of(top, at_label, log_sum, log_rest, rates).to(tl.float32)
+    logp = tl.where(known, logp + nan, float("nan"))
+    return logp, log_sum + (log_rest - mean) + nan, top, sum_ + nan, mean + nan, at_label
+
+
+@triton.jit
+def settle(
+    row, vocab, top, total, centred, beyond, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr
+):  # fmt: skip
+    """top and the sums of a row, which is read again from its largest logit if they do not fit."""
+    if beyond != 0:
+        top = largest(row, vocab, BLOCK)
+        total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
+    return top, total, centred, beyond
+
+
+@triton.jit
+def sums_of_row(
+    row, label, vocab, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr
+):  # fmt: skip
+    """The label's logit, top and the sums of a row; the label lies in the vocabulary."""
+    top, at_label = first_guess(row, label, vocab, BLOCK)
+    total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
+    top, total, centred, beyond = settle(row, vocab, top, total, centred, beyond, rates, BLOCK, UNROLL, NEIGHBOURS)
+    return at_label, top, total, centred, beyond
 
 
 @triton.jit
 def read_row(
     row, label, vocab, rates, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr
 ):  # fmt: skip
-    """logp, entropy, top, sum of exp(z - top), mean of z - top and the label's logit; a label out of range gives NaN."""
+    """What ``results_of_row`` gives; a label out of range gives NaN."""
     known = (label >= 0) & (label < vocab)
-    top, at_label = first_guess(row, tl.where(known, label, 0), vocab, BLOCK)
-    total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
-    if beyond != 0:
-        top = largest(row, vocab, BLOCK)
-        total, centred, beyond = sums(row, 0, vocab, top, rates, BLOCK, UNROLL, NEIGHBOURS)
-    logp, entropy, sum_, mean = finish(top, at_label, total, centred, beyond, rates)
-    return tl.where(known, logp, float("nan")), entropy, top, sum_, mean, at_label
+    at_label, top, total, centred, beyond = sums_of_row(
+        row, tl.where(known, label, 0), vocab, rates, BLOCK, UNROLL, NEIGHBOURS
+    )
+    return results_of_row(known, at_label, top, total, centred, beyond, rates)
 
 
 @triton.jit
@@ -170,7 +200,7 @@ def write_gradient(
     row, out, first, last, label, top, sum_, mean, at_label, logp, g, h, rates, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in the columns [first, last): g is d loss / d logp, h d loss / d entropy or None.
+    """The gradient in the columns [first, last): g is d loss / d logp, h d loss / d entropy or None; float32 or float64.
 
     From the last block to the first: what ``sums`` read last is still in the cache.
     """
@@ -180,12 +210,12 @@ def write_gradient(
     label_gradient = -s * g * expm1(logp)
     if h is None:
         beta = None
-        alpha = -s * g / sum_
+        alpha = (-s * g / sum_).to(tl.float32)
         broken = not_finite(alpha + label_gradient)
         idle = g == 0.0
     else:
-        beta = -s * h * LN2 / sum_
-        alpha = s * (h * mean - g) / sum_
+        beta = (-s * h * LN2 / sum_).to(tl.float32)
+        alpha = (s * (h * mean - g) / sum_).to(tl.float32)
         p = tl.exp(logp)
         label_gradient -= tl.where(p > 0.0, s * h * p * ((at_label - top) * s - mean), 0.0)
         broken = not_finite(alpha + beta + label_gradient)
@@ -208,4 +238,4 @@ def write_gradient(
             tl.store(out + start + columns, value, eviction_policy="evict_first")
         tl.debug_barrier()  # the label's entry lies in one of the blocks
         if (label >= first) & (label < last):
-            tl.store(out + label, label_gradient.to(out.dtype.element_ty))
+            tl.store(out + label, label_gradient.to(tl.float32).to(out.dtype.element_ty))

@@ -131,7 +131,7 @@ def test_compile_and_opcheck(device):
     step = torch.compile(lambda x: capo.linear_logprobs(x, weight, labels, 0.7, bias=bias), fullgraph=True)
     for a, e in zip(step(hidden), capo.linear_logprobs(hidden, weight, labels, 0.7, bias=bias), strict=True):
         assert torch.equal(a, e)
-    args = (hidden, weight, bias, labels, None, None, 0.7, 3.0, None, 1 << 20, None)
+    args = (hidden, weight, bias, labels, None, None, 0.7, 3.0, None, 1 << 20, None, None)
     torch.library.opcheck(torch.ops.capo.linear_logprobs.default, args)
 
 

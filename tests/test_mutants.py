@@ -418,17 +418,22 @@ OPS = [
 
 LINEAR = [
     Mutant("another row moves", DROPPED, "count + kept[count:].nonzero()", "kept[count:].nonzero()"),
-    Mutant("hidden states do not move", DROPPED, "if count == len(piece) else inputs[moves]", "[:count]"),
-    Mutant("gradients go to other rows", DROPPED, "rows.index[piece[moves]]", "rows.index[piece[:count]]"),
+    Mutant("hidden states do not move", DROPPED, "if len(moves) == len(piece) else inputs[moves]", "[: len(moves)]"),
+    Mutant(
+        "gradients go to other rows",
+        DROPPED,
+        "add_rows(rows.index[piece[moves]]",
+        "add_rows(rows.index[piece[: len(moves)]]",
+    ),
     Mutant(
         "clipped rows kept", HEAD + "test_dead_and_clipped", "kept = (slopes != 0) |", "kept = (slopes == slopes) |"
     ),
     Mutant("entropy of clipped rows dropped", DROPPED, " | (entropy_slopes[these] != 0)", ""),
-    Mutant("entropy raised", HEAD_OPTIONS, "weights * -torch.tensor(", "weights * torch.tensor("),
+    Mutant("entropy raised", HEAD_OPTIONS, "weights * -float(", "weights * float("),
     Mutant(
         "weights of the first chunk", HEAD_OPTIONS, "*of_these, weights[these]", "*of_these, weights[: last - first]"
     ),
-    Mutant("ratios of parts of a response", HEAD_OPTIONS, 'by_response=rule.ratio != "token"', "by_response=False"),
+    Mutant("ratios of parts of a response", HEAD_OPTIONS, 'by_response = rule.ratio != "token"', "by_response = False"),
     Mutant("rows of the first response again", HEAD_BITS, "(first + kept.nonzero()", "(kept.nonzero()"),
     Mutant("the last chunk's gradient of weight", HEAD_OPTIONS, "part += torch.mm(", "part[:] = torch.mm("),
     Mutant("the last chunk's gradient of bias", HEAD_OPTIONS, "part += columns.sum", "part[:] = columns.sum"),
@@ -449,8 +454,8 @@ LINEAR = [
     Mutant(
         "labels not checked",
         HEAD + "test_bad",
-        "reference.check_labels(head.op, labels, head.vocab, mask)\n    reference",
-        "reference",
+        "reference.check_labels(head.op, labels, head.vocab, mask)\n        reference.check_cumulative",
+        "reference.check_cumulative",
     ),
 ]
 
@@ -590,6 +595,132 @@ UPDATES = [
     ),
 ]
 
+# Of the Triton kernels, which run under its interpreter.
+TRITON = "test_triton_linear.py::"
+COUNTS, PARTS = TRITON + "test_products_of_the_first_rows_only", "test_triton.py::test_parts_of_rows"
+CLIPPED, BROKEN = TRITON + "test_rows_that_are_clipped", TRITON + "test_stats_of_parts"
+FEW = TRITON + "test_any_number and few"
+DEVICE_ROWS = [
+    Mutant("moves by one", TRITON + "test_moves", "found[vacant.cumsum(0)]", "found[vacant.cumsum(0) - 1]"),
+    Mutant("moves into rows that stay", TRITON + "test_moves", "inside & ~kept, ~inside", "inside, ~inside"),
+    Mutant("dead rows first", FEW, "(~live).byte().sort", "live.byte().sort"),
+    Mutant(
+        "dead rows have labels",
+        TRITON + "test_dead_rows",
+        "self.count, self.labels, ABSENT",
+        "self.count, self.labels, 0",
+    ),
+    Mutant(
+        "metrics of rows that are not there", FEW, "return self.there(values).sum()", "return values.sum() + self.size"
+    ),
+    Mutant(
+        "unchecked labels have no probability", TRITON + "test_an_unchecked", "(labels < 0) | (", "labels.isnan() | ("
+    ),
+    Mutant(
+        "lengths do not matter", TRITON + "test_unchecked_lengths", "(cu_seqlens[0] != 0) |", "(cu_seqlens[0] < 0) &"
+    ),
+    Mutant("a wrong number does not matter", TRITON + "test_a_wrong_number_that", "wrong | rows.wrong", "wrong"),
+]
+PRODUCTS_OF_ROWS = [
+    Mutant(
+        "the number counts from the first row of all", COUNTS, "tl.load(count_ptr) - first, 0", "tl.load(count_ptr), 0"
+    ),
+    Mutant("the row after the last", COUNTS, "inside = i < number\n", "inside = i <= number\n"),
+    Mutant("sums go one row too far", COUNTS, "there = start + k < number", "there = start + k <= number"),
+    Mutant(
+        "sums of columns go one row too far", COUNTS, "(start + k < number)[:, None]", "(start + k <= number)[:, None]"
+    ),
+    Mutant("no targets", COUNTS, "target = tl.load(targets_ptr + i, mask=inside, other=0)", "target = i.to(tl.int64)"),
+    Mutant("no bias", COUNTS, "if bias_ptr is not None:", "if bias_ptr is None and False:"),
+    Mutant("only the first of the depth", COUNTS, "a += BLOCK_K\n", "a += 0\n"),
+    Mutant(
+        "depth beyond its end",
+        COUNTS,
+        "(start + k < depth)[None, :], other=0.0",
+        "(start + k > -1)[None, :], other=0.0",
+    ),
+    Mutant(
+        "the last product only",
+        TRITON + "test_any_number and all",
+        "sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)",
+        "sum_ = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
+    ),
+    Mutant("the last sum of columns only", COUNTS, "total + tl.sum(sum_, 0)", "tl.sum(sum_, 0)"),
+]
+LINEAR_ROWS = [
+    Mutant(
+        "rows that are not there are read", TRITON + "test_rows_that_are_not", "if label == ABSENT:", "if label == -3:"
+    ),
+    Mutant(
+        "gradients stay where they are",
+        CLIPPED,
+        "tl.multiple_of(target * out_stride",
+        "tl.multiple_of(source * out_stride",
+    ),
+    Mutant("slopes of other rows", CLIPPED, "tl.load(slopes_ptr + source)", "tl.load(slopes_ptr + target)"),
+    Mutant("NaN of a part is nothing", BROKEN, 'top += float("nan")', "top += 0.0"),
+    Mutant("parts without sums are empty", BROKEN, 'sum_ += float("nan")', "sum_ += 0.0"),
+    Mutant("another's label is the first", BROKEN, 'tl.where(own, at_label, -float("inf"))', "at_label"),
+    Mutant("one temperature for all", BROKEN, "tl.load(temperature_ptr + index)", "tl.load(temperature_ptr)"),
+    Mutant("softcap without sign", TRITON + "test_a_softcap", "tl.where(x < 0.0, cap, -cap)", "-cap"),
+    Mutant(
+        "slope of a softcap of other rows",
+        TRITON + "test_a_softcap",
+        "            source = tl.load(rows_ptr + target)",
+        "            source = target",
+    ),
+    Mutant(
+        "a response counts one more",
+        FEW.replace("few", "sequence"),
+        "*terms, cu_seqlens.diff(), cu",
+        "*terms, cu_seqlens.diff() + 1, cu",
+    ),
+]
+TRITON_ROWS = [
+    Mutant(
+        "the first guess of the top is final",
+        REGIMES,
+        "if beyond != 0:\n        top = largest",
+        "if beyond < 0:\n        top = largest",
+    ),
+    Mutant("no label", OPTIONS, "if (label >= first) & (label < last):", "if label < first:"),
+    Mutant("the rest of the row has no gradient", OPTIONS, "alpha = (-s * g / sum_)", "alpha = (0.0 * g / sum_)"),
+    Mutant("entropy not centred", OPTIONS, "s * (h * mean - g) / sum_", "s * -g / sum_"),
+    Mutant("entropy without its slope", OPTIONS, "beta = (-s * h * LN2 / sum_)", "beta = (0.0 * h)"),
+    Mutant("NaN is filled with 0", NAN, 'tl.where(broken, float("nan"), 0.0)', "0.0 * g"),
+    Mutant("16 neighbours are 8", SIZES, "add_neighbours(a + b, COUNT // 2)", "add_neighbours(a, COUNT // 2)"),
+    Mutant("sums that do not fit are taken", REGIMES, "beyond | tl.where(fits, 0, 1)", "beyond"),
+]
+TRITON_STATS = [
+    Mutant(
+        "parts overlap", PARTS, "first = (tl.program_id(0) % splits) * chunks * (BLOCK * UNROLL)", "first = 0 * splits"
+    ),
+    Mutant("parts of another row", PARTS, "3 * (index * splits + part)", "3 * (part + 0 * splits)"),
+]
+TRITON_LOSS = [
+    Mutant("dead rows keep what was there", INPLACE, "fill(out, 0, vocab, 0.0, BLOCK)", "pass"),
+    Mutant("no mean over responses", OPTIONS, "(total.to(tl.float32) * responses)", "total.to(tl.float32)"),
+    Mutant(
+        "masked tokens weigh",
+        OPTIONS,
+        "            live = live & (tl.load(mask_ptr",
+        "            live = live | (tl.load(mask_ptr",
+    ),
+    Mutant(
+        "ratios of responses not averaged",
+        OPTIONS,
+        "(tl.sum(total, 0) / count).to(tl.float32)",
+        "tl.sum(total, 0).to(tl.float32)",
+    ),
+]
+TRITON_TOKENS = [
+    Mutant("clip on the edge", EDGE, "clipped = bounded * advantage < ratio", "clipped = bounded * advantage <= ratio"),
+    Mutant("gradient of clipped tokens", OPTIONS, "held = clipped | (tl.abs", "held = (tl.abs"),
+    Mutant("dual clip of good tokens", LOSS + "test_the_dual", "dual = (advantage < 0.0) & (", "dual = ("),
+    Mutant("kl without its slope", OPTIONS, "through_logp += kl_coef * slope", "through_logp += 0.0 * slope"),
+    Mutant("importance without cap", OPTIONS, "tl.where(weight > importance_cap, importance_cap, weight)", "weight"),
+]
+
 FILES = {
     "csrc/common/policy_loss.h": TOKEN_LOSS,
     "csrc/common/rows.h": ROW_FORMULAS,
@@ -600,7 +731,6 @@ FILES = {
     "csrc/cpu/credit.cpp": ADVANTAGES,
     "capo/native.py": CALLS,
     "capo/ops.py": OPS,
-    "capo/linear.py": LINEAR,
     "csrc/text/segment.cpp": SEGMENTS,
     "capo/steps.py": STEP_RULES,
     "capo/critique.py": PARSER,
@@ -609,9 +739,27 @@ FILES = {
     "capo/config.py": SETTINGS,
     "capo/checkpoint.py": SAVES,
     "capo/learn.py": UPDATES,
+    "capo/linear.py": LINEAR + DEVICE_ROWS,
+    "capo/kernels/product.py": PRODUCTS_OF_ROWS,
+    "capo/kernels/linear.py": LINEAR_ROWS,
+    "capo/kernels/rows.py": TRITON_ROWS,
+    "capo/kernels/stats.py": TRITON_STATS,
+    "capo/kernels/policy_loss.py": TRITON_LOSS,
+    "capo/kernels/tokens.py": TRITON_TOKENS,
 }
 
 MUTANTS = {f"{Path(file).name}: {mutant.name}": (file, mutant) for file, mutants in FILES.items() for mutant in mutants}
+
+
+def backend_of(file: str, mutant: Mutant) -> str:
+    """The backend whose tests have to notice a mutant."""
+    return "triton" if "kernels" in file or mutant.tests.startswith(TRITON) else "native"
+
+
+def tests_of(file: str, mutant: Mutant) -> str:
+    """The file of the tests of a mutant, and the backend that they run."""
+    return f"{mutant.tests.split('::')[0]} {backend_of(file, mutant)}"
+
 
 # Object files of the native module, and which of them a header goes into that is not compiled by itself.
 SOURCES = ["bindings.cpp", "cpu/credit.cpp", "cpu/dispatch.cpp", "cpu/policy_loss.cpp", "cpu/simd/rows.cpp"]
@@ -744,10 +892,14 @@ class Factory:
             shutil.copy(self.clean / "capo" / self.module, package / "capo")
         return package
 
-    def run(self, package: Path, file: str, names: str) -> tuple[int, str]:
-        """Exit status and output of the tests in a file whose names fit."""
-        others = "not cpu-torch and not cpu-triton and not cuda"  # what has no device in its name runs, too
-        names = f"({names}) and {others}" if names else others
+    def run(self, package: Path, file: str, names: str, backend: str) -> tuple[int, str]:
+        """Exit status and output of the tests in a file whose names fit, with this backend on the CPU."""
+        if backend == "triton" and importlib.util.find_spec("triton") is None:
+            pytest.skip("no triton")
+        # What has no device in its name runs, too; test_triton*.py knows one backend only.
+        others = {"native": "not cpu-torch and not cpu-triton and not emulated and not cuda", "triton": "cpu-triton"}
+        if not file.startswith("test_triton"):
+            names = f"({names}) and {others[backend]}" if names else others[backend]
         arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore", "-k", names, f"tests/{file}"]
         output = package / "output.txt"
         runner = self.runners.get()
@@ -770,7 +922,7 @@ class Factory:
     def try_out(self, number: int, file: str, mutant: Mutant) -> tuple[int, str]:
         """Exit status and output of the tests of a mutant."""
         package = self.mutate(number, file, mutant)
-        result = self.run(package, *mutant.tests.split("::"))
+        result = self.run(package, *mutant.tests.split("::"), backend_of(file, mutant))
         shutil.rmtree(package)
         return result
 
@@ -802,8 +954,10 @@ def test_the_tests_notice(name, results, record_property):
         print(f"killed by signal {-status}")
 
 
-@pytest.mark.parametrize("name", sorted({mutant.tests.split("::")[0] for _, mutant in MUTANTS.values()}))
+@pytest.mark.parametrize("name", sorted({tests_of(*mutant) for mutant in MUTANTS.values()}))
 def test_the_same_tests_pass_without_a_fault(name, factory):
-    names = {mutant.tests.split("::")[1] for _, mutant in MUTANTS.values() if mutant.tests.startswith(name)}
-    status, output = factory.run(factory.clean, name, "" if "" in names else " or ".join(sorted(names)))
+    names = {mutant.tests.split("::")[1] for file, mutant in MUTANTS.values() if tests_of(file, mutant) == name}
+    file, backend = name.split()
+    names = "" if "" in names else " or ".join(f"({each})" for each in sorted(names))
+    status, output = factory.run(factory.clean, file, names, backend)
     assert status == 0, output

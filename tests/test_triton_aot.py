@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
+PRODUCTS = "rows_times_matrix", "add_rows_by_rows"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -29,7 +30,8 @@ def kernels(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_is_spilled(target, kernels):
     assert {k["name"] for k in kernels[target]} == {
-        "loss_of_rows", "stats_of_rows", "sums_of_parts", "gradient_of_rows"
+        "loss_of_rows", "stats_of_rows", "sums_of_parts", "gradient_of_rows", "stats_of_head_rows",
+        "gradient_of_head_rows", *PRODUCTS,
     }  # fmt: skip
     assert {k["name"]: k["spilled"] for k in kernels[target] if k["spilled"]} == {}
 
@@ -38,15 +40,28 @@ def test_nothing_is_spilled(target, kernels):
 def test_two_programs_fit_on_a_multiprocessor(target, kernels):
     # 16 warps each; an AMD SIMD has as many registers for 8 waves of 64.
     limit = 64 if target.startswith("sm") else 128
-    assert max(k["registers"] for k in kernels[target]) <= limit
+    assert max(k["registers"] for k in kernels[target] if k["name"] not in PRODUCTS) <= limit
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_are_made_by_matrix_units_from_tiles_that_are_fetched_ahead(target, kernels):
+    products = [k for k in kernels[target] if k["name"] in PRODUCTS]
+    assert len(products) == 3
+    for k in products:
+        assert k["matrix_units"] >= 4, k
+        # Two tiles of each side at least; on AMD's one of them is in registers.
+        columns = 128 if k["name"] == "add_rows_by_rows" and target in ("sm_80", "sm_100") else 256
+        assert k["shared"] >= (2 if target.startswith("sm") else 1) * 64 * (128 + columns) * 2, k
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_are_read_and_written_128_bits_at_a_time(target, kernels):
     for k in kernels[target]:
+        if k["name"] in PRODUCTS:
+            continue
         assert k["wide_loads"] >= 4, k
-        assert k["wide_stores"] >= 4 or k["name"] in ("stats_of_rows", "sums_of_parts"), k
-        if target.startswith("sm") and k["name"] != "gradient_of_rows":
+        assert k["wide_stores"] >= 4 or k["name"] in ("stats_of_rows", "sums_of_parts", "stats_of_head_rows"), k
+        if target.startswith("sm") and k["name"] not in ("gradient_of_rows", "gradient_of_head_rows"):
             assert k["evict_last"] >= 4, k
 
 
@@ -59,6 +74,7 @@ def test_there_are_no_atomics(target, kernels):
 def test_the_loops_over_a_row_are_lean(target, kernels):
     for k in kernels[target]:
         assert {loop["writes"] for loop in k["loops"]} == {
-            "loss_of_rows": {False, True}, "stats_of_rows": {False}, "sums_of_parts": {False}, "gradient_of_rows": {True}
-        }[k["name"]], k  # fmt: skip
+            "loss_of_rows": {False, True}, "stats_of_rows": {False}, "sums_of_parts": {False}, "gradient_of_rows": {True},
+            "stats_of_head_rows": {False}, "gradient_of_head_rows": {True},
+        }.get(k["name"], set()), k  # fmt: skip
         assert all(loop["instructions"] < 12 and loop["float64"] == 0 for loop in k["loops"]), k
