@@ -42,7 +42,6 @@ lint: $(VENV)/.develop ## ruff, mypy, clang-format: report, change nothing
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
-	! grep -rnE '^(<{7}|>{7}) ' $$(git ls-files)
 
 format: $(VENV)/.develop ## rewrite Python and C++ files in the project's format
 	$(VENV)/bin/ruff check --fix .
