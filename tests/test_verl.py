@@ -30,6 +30,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import validate_config
+from verl.utils.reward_score import default_compute_score
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_to_nested
@@ -660,6 +661,38 @@ def test_the_example_is_a_configuration_of_verl(example):
     assert example.trainer.use_v1 and example.trainer.v1.trainer_mode == "capo_sync"
     environment = example.ray_kwargs.ray_init.runtime_env.env_vars
     assert environment.VERL_USE_EXTERNAL_MODULES == runtime.__name__
+
+
+def test_the_data_of_the_example_is_rewarded_by_verl_and_read_by_the_judge(example):
+    make = runpy.run_path(str(EXAMPLES / "make_gsm8k.py"))
+    row = make["row"]({"question": "How many?", "answer": "500 + 572 = 1072.\n#### 1,072"}, 7, "train")
+    truth_ = row["reward_model"]["ground_truth"]
+    said = {"so #### 1,072": 1.0, "so #### 1072": 1.0, "so #### 1,073": 0.0}
+    assert {text: default_compute_score(row["data_source"], text, truth_) for text in said} == said
+    settings = runtime.check(example)
+    assert runtime._question(settings, row) == "How many?"
+    assert runtime._reference(settings, row) == "500 + 572 = 1072.\n#### 1,072"
+
+
+def test_the_script_of_the_example_starts_verl_with_options_that_compose(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" "$@"\n')
+    stub.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "GPUS": "2",
+        "JUDGE_URL": "https://judge/v1",
+        "JUDGE": "a/b",
+    }
+    command = ["bash", EXAMPLES / "run.sh", "algorithm.capo.rule=vppo"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert said[:4] == ["0,1", "-m", "verl.trainer.main_ppo", "--config-path"]
+    assert said[4:7] == [str(EXAMPLES), "--config-name", "capo"]
+    with initialize_config_dir(said[4], version_base=None):
+        config = compose(said[6], overrides=said[7:])
+    assert config.trainer.n_gpus_per_node == 2 and runtime.check(config).rule == "vppo"
+    assert config.algorithm.capo.judge_options.url == "https://judge/v1"
+    assert config.algorithm.capo.judge_options.model == "a/b"
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
