@@ -30,6 +30,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import validate_config
+from verl.utils.reward_score import default_compute_score
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_to_nested
@@ -75,7 +76,7 @@ def rows(seed=0, groups=3, per_group=4, votes=3, states=("valid", "invalid", "fa
         ballots = torch.randint(0, 2, (len(steps), votes), generator=g)
         ballots[:, [k for k, state in enumerate(said) if state != "valid"]] = -1
         judged.append(
-            {"steps": [list(s) for s in steps], "votes": ballots.tolist(), "states": said, "length": length,
+            {"steps": [list(s) for s in steps], "votes": ballots.tolist(), "states": said, "length": length, "errors": ["deadline"] * said.count("failed"),
              "judge_tokens": 10, "seconds": 0.5, "problem": None}
         )  # fmt: skip
     uid = np.array([f"prompt-{row % groups}" for row in range(size)], dtype=object)
@@ -262,9 +263,9 @@ def test_metrics_by_hand():
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     rewards = torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0]])
     judged = [
-        {"steps": [[0, 2], [2, 4]], "votes": [[0, 1], [0, 0]], "states": ["valid", "valid"], "length": 4,
+        {"steps": [[0, 2], [2, 4]], "votes": [[0, 1], [0, 0]], "states": ["valid", "valid"], "errors": [], "length": 4,
          "judge_tokens": 12, "seconds": 0.25, "problem": None},
-        {"steps": [[0, 2]], "votes": [[1, -1]], "states": ["valid", "invalid"], "length": 2,
+        {"steps": [[0, 2]], "votes": [[1, -1]], "states": ["valid", "invalid"], "errors": ["empty"], "length": 2,
          "judge_tokens": 6, "seconds": 0.5, "problem": None},
     ]  # fmt: skip
     data = batch_of(mask, rewards, np.array(["a", "a"], dtype=object), judged)
@@ -363,7 +364,7 @@ def test_too_many_failures_stop_the_training():
     share = states.count("failed") / len(states)
     shaped(data, algorithm(max_failure_rate=share))
     with pytest.raises(
-        JudgeError, match=f"{states.count('failed')} of the {len(states)} critiques of a batch have failed"
+        JudgeError, match=f"^{states.count('failed')} of the {len(states)} .*: deadline {states.count('failed')}$"
     ):
         shaped(data, algorithm(max_failure_rate=share - 0.01))
 
@@ -555,6 +556,7 @@ def test_an_agent_loop_asks_the_judge_about_the_steps_of_its_response(judge):
         "steps": [[0, 4], [4, 12], [12, 20]],
         "votes": [[0, 0], [1, 1], [0, 0]],
         "states": ["valid", "valid"],
+        "errors": [],
         "length": 20,
         "problem": None,
     }
@@ -585,7 +587,9 @@ def test_a_judge_that_gives_up_is_failures_for_the_trainer_to_count():
     assert judged["states"] == ["failed", "failed"] and judged["votes"] == [[-1, -1]]
     mask = torch.ones(1, 5, dtype=torch.int64)
     data = batch_of(mask, mask.float(), np.array(["a"], dtype=object), [judged])
-    with pytest.raises(JudgeError, match="2 of the 2 critiques of a batch have failed"):
+    with pytest.raises(
+        JudgeError, match=r"2 of the 2 critiques of a batch have failed.*: judge_error \(nobody answers\) 2$"
+    ):
         shaped(data, configured().algorithm)
 
 
@@ -660,6 +664,38 @@ def test_the_example_is_a_configuration_of_verl(example):
     assert example.trainer.use_v1 and example.trainer.v1.trainer_mode == "capo_sync"
     environment = example.ray_kwargs.ray_init.runtime_env.env_vars
     assert environment.VERL_USE_EXTERNAL_MODULES == runtime.__name__
+
+
+def test_the_data_of_the_example_is_rewarded_by_verl_and_read_by_the_judge(example):
+    make = runpy.run_path(str(EXAMPLES / "make_gsm8k.py"))
+    row = make["row"]({"question": "How many?", "answer": "500 + 572 = 1072.\n#### 1,072"}, 7, "train")
+    answer = row["reward_model"]["ground_truth"]
+    said = {"so #### 1,072": 1.0, "so #### 1072": 1.0, "so #### 1,073": 0.0}
+    assert {text: default_compute_score(row["data_source"], text, answer) for text in said} == said
+    settings = runtime.check(example)
+    assert runtime._question(settings, row) == "How many?"
+    assert runtime._reference(settings, row) == "500 + 572 = 1072.\n#### 1,072"
+
+
+def test_the_script_of_the_example_starts_verl_with_options_that_compose(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" "$@"\n')
+    stub.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "GPUS": "2",
+        "JUDGE_URL": "https://judge/v1",
+        "JUDGE": "a/b",
+    }
+    command = ["bash", EXAMPLES / "run.sh", "algorithm.capo.rule=vppo"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert said[:4] == ["0,1", "-m", "verl.trainer.main_ppo", "--config-path"]
+    assert said[4:7] == [str(EXAMPLES), "--config-name", "capo"]
+    with initialize_config_dir(said[4], version_base=None):
+        config = compose(said[6], overrides=said[7:])
+    assert config.trainer.n_gpus_per_node == 2 and runtime.check(config).rule == "vppo"
+    assert config.algorithm.capo.judge_options.url == "https://judge/v1"
+    assert config.algorithm.capo.judge_options.model == "a/b"
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])

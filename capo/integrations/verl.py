@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -148,6 +149,7 @@ def judgement(
         "steps": [list(step) for step in steps],
         "votes": votes.tolist(),
         "states": [reply.state for reply in replies],
+        "errors": [reply.error for reply in replies if reply.error is not None],
         "length": length,
         "judge_tokens": sum(reply.prompt_tokens + reply.completion_tokens for reply in replies),
         "seconds": seconds,
@@ -285,9 +287,12 @@ def _check_failures(judged: Sequence[Mapping[str, Any] | None], settings: Settin
     states = [state for row in judged if row is not None for state in row["states"]]
     failed = states.count("failed")
     if failed > settings.max_failure_rate * len(states):
+        errors = Counter(error for row in judged if row is not None for error in row["errors"])
+        told = ", ".join(f"{error} {count}" for error, count in errors.most_common(5))
         raise JudgeError(
             f"{failed} of the {len(states)} critiques of a batch have failed, more than "
-            f"algorithm.capo.max_failure_rate={settings.max_failure_rate:g} allows; the log of the workers says why"
+            f"algorithm.capo.max_failure_rate={settings.max_failure_rate:g} allows. What went wrong, with critiques that "
+            f"could not be read: {told}"
         )
 
 

@@ -15,7 +15,6 @@ import functools
 import importlib
 import inspect
 import json
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -42,8 +41,6 @@ try:
     )
 except ImportError as error:
     raise ImportError(f"capo.integrations.verl_runtime needs verl[verl-core] 0.9 or later ({error})") from error
-
-logger = logging.getLogger(__name__)
 
 PREFIX = "capo_"  # of the names of agents that ask the judge; without it they are those of verl
 # Losses in which each token has its own advantage; geo_mean takes the mean over a response.
@@ -255,8 +252,7 @@ class _Engine:
             else:
                 replies = await asyncio.get_running_loop().run_in_executor(self.threads, ask, [request], votes)
         except JudgeError as error:
-            logger.warning("%s", error)
-            return [JudgeReply.failure("judge_error")] * votes
+            return [JudgeReply.failure(f"judge_error ({error})")] * votes
         if len(replies) != 1 or len(replies[0]) != votes:
             raise ValueError(f"the judge was asked for {votes} critiques of one response, and gave {replies!r:.80}")
         return list(replies[0])

@@ -8,10 +8,10 @@ set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 gpus=${GPUS:-4}
-export JUDGE=${JUDGE:-Qwen/Qwen3-8B}
+JUDGE=${JUDGE:-Qwen/Qwen3-8B}
 
 if [ -z "${JUDGE_URL:-}" ]; then
-  export JUDGE_URL=http://127.0.0.1:8001/v1
+  JUDGE_URL=http://127.0.0.1:8001/v1
   # Prompts share their beginning, and the K votes of a response are one request.
   CUDA_VISIBLE_DEVICES=$gpus vllm serve "$JUDGE" --host 127.0.0.1 --port 8001 \
     --enable-prefix-caching --max-model-len 8192 --max-num-seqs 256 &
@@ -24,4 +24,5 @@ if [ -z "${JUDGE_URL:-}" ]; then
 fi
 
 CUDA_VISIBLE_DEVICES=$(seq --separator=, 0 $((gpus - 1))) \
-  python -m verl.trainer.main_ppo --config-path "$here" --config-name capo trainer.n_gpus_per_node="$gpus" "$@"
+  python -m verl.trainer.main_ppo --config-path "$here" --config-name capo trainer.n_gpus_per_node="$gpus" \
+  algorithm.capo.judge_options.url="$JUDGE_URL" algorithm.capo.judge_options.model="$JUDGE" "$@"
