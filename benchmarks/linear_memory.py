@@ -69,23 +69,27 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "linear_memory.csv"
-    others = []
-    if path.exists():  # rows of other sizes, ops and variants stay
-        with path.open(newline="") as file:
-            others = list(csv.DictReader(file))
     for op in args.ops:
         for variant in OPS[op].variants:
             if variant.is_floor or "live" in variant.name or variant.name not in (args.variants or [variant.name]):
                 continue
             row = measured(op, variant, case)
-            key = [row[k] for k in ("op", "variant", "shape")]
-            others = [r for r in others if [r[k] for k in ("op", "variant", "shape")] != key] + [row]
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(others)
+            put(path, row)
             shown = f"{row['extra_memory_mb']} MB" if row["extra_memory_mb"] else row["note"]
             print(f"{op}, {case.shape}, {variant.name}: {shown}; bound {row['bound_mb']} MB", flush=True)
+
+
+def put(path: Path, row: dict[str, object]) -> None:
+    """Write a row in place of that of the same op, variant and shape; all others stay."""
+    table = []
+    if path.exists():
+        with path.open(newline="") as file:
+            table = list(csv.DictReader(file))
+    table = [old for old in table if any(old[key] != row[key] for key in ("op", "variant", "shape"))]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*table, row])
 
 
 def measured(op: str, variant, case: LinearCase) -> dict[str, object]:

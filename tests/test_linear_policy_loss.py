@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ import capo
 from capo import LossRule
 from capo.reference import LinearLogits
 
+SEEDS = int(os.environ.get("CAPO_SEEDS", "4"))  # of test_every_option
 CHUNK = 32 * 257 * 4  # bytes: 32 rows of a vocabulary of 257 in float32
 
 
@@ -167,7 +169,7 @@ def check_gradients(head: Head, rule: LossRule, grads, names=("hidden", "weight"
 @pytest.mark.parametrize("name", RULES)
 def test_every_option(name, dtype, device, small_chunks):
     bias = name in ("default", "all")
-    for seed in range(4):
+    for seed in range(SEEDS):
         head = Head(lengths=(70, 1, 0, 45, 44), dtype=dtype, seed=seed, device=device, bias=bias)
         check(head, RULES[name], ("hidden", "weight", *["bias"] * bias), {}, chunk_bytes=CHUNK)
 
