@@ -497,8 +497,18 @@ def test_two_verdicts_matter_where_the_verdict_decides():
         (no("1") + "<think>" + block("0"), Critique(False, (1,))),
         (f"<think>Judgment: {ASK} No</think>Judgment: {ASK} Yes", Critique(True, ())),
         (f"Judgment: {ASK} No\n</think>\nJudgment: {ASK} Yes", Critique(True, ())),
+        (block("0") + f"<think>a</think>b</think>Judgment: {ASK} Yes", Critique(True, ())),
     ],
-    ids=["block", "opened-in-prompt", "nested", "after", "truncated", "verdict", "verdict-opened-in-prompt"],
+    ids=[
+        "block",
+        "opened-in-prompt",
+        "nested",
+        "after",
+        "truncated",
+        "verdict",
+        "verdict-opened-in-prompt",
+        "two-ends",
+    ],
 )
 def test_reasoning_is_skipped(text, expected):
     assert parse(text, 3) == expected

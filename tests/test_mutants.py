@@ -538,7 +538,7 @@ SCORES = [
     Mutant("refused twice", SCORE + "test_rows_refused_before", "            index.reset()\n", ""),
     Mutant(
         "responses without steps lack critiques",
-        SCORE + "test_the_output_is",
+        SCORE + "test_a_response_without_steps",
         "[votes.silent] > 0)",
         "[votes.silent] >= 0)",
     ),
@@ -587,11 +587,12 @@ SAVES = [
 
 UPDATES = [
     Mutant("updates of NaN", TRAIN + "test_bad_updates", "        if not finite:\n            break\n", ""),
+    Mutant("gradients of any size", TRAIN + "test_gradients_are_scaled", "config.max_grad_norm)", "1e9)"),
     Mutant(
-        "idle minibatches decay the weights",
-        TRAIN + "test_nothing_moves",
-        "            idle += 1\n            continue",
-        "            idle += 1\n            optimizer.step()\n            continue",
+        "responses with an entropy term left out",
+        TRAIN + "test_gradient_is_that",
+        "rule.kl_coef == 0 and rule.entropy_coef == 0:",
+        "rule.kl_coef == 0:",
     ),
 ]
 
