@@ -314,8 +314,8 @@ def predictions(kernels: list[Kernel]) -> str:
 def linear_predictions(rows=4096, size=4096, vocab=128_256) -> str:
     """Times of the loss from hidden states with both gradients, in one chunk, of matrix products and bytes."""
     lines = [
-        f"| {rows} x {size} x {vocab} bf16 | Tflop | programs with work: logits, hidden, weight | products ms | rows ms | "
-        "zeros and programs without work ms | predicted ms |",
+        f"| {rows} x {size} x {vocab} bf16 | Tflop | programs with work: logits, hidden, weight | products ms | rows ms | zeros"
+        + " and programs without work ms | predicted ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     tall, wide = 128, 256  # a tile

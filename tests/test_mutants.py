@@ -688,7 +688,7 @@ TRITON_ROWS = [
     Mutant("the rest of the row has no gradient", OPTIONS, "alpha = (-s * g / sum_)", "alpha = (0.0 * g / sum_)"),
     Mutant("entropy not centred", OPTIONS, "s * (h * mean - g) / sum_", "s * -g / sum_"),
     Mutant("entropy without its slope", OPTIONS, "beta = (-s * h * LN2 / sum_)", "beta = (0.0 * h)"),
-    Mutant("NaN is filled with 0", NAN, 'tl.where(broken, float("nan"), 0.0)', "0.0 * g"),
+    Mutant("NaN is filled with 0", NAN, 'tl.where(broken, float("nan"), 0.0)', "0.0"),
     Mutant("16 neighbours are 8", SIZES, "add_neighbours(a + b, COUNT // 2)", "add_neighbours(a, COUNT // 2)"),
     Mutant("sums that do not fit are taken", REGIMES, "beyond | tl.where(fits, 0, 1)", "beyond"),
 ]

@@ -3,6 +3,10 @@
 import dataclasses
 import importlib
 import math
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -227,6 +231,57 @@ def test_a_wrong_number_that_nobody_checks_gives_nan(number, device, unchecked):
     assert bool(capo.linear_logprobs(*args, mask=head.batch.mask, num_live=number)[0].isnan().all())
     out, grads = head.run(LossRule(), num_live=5)
     assert bool(out.loss.isfinite()) and all(bool(x.isfinite().all()) for x in grads)
+
+
+# ---- a vocabulary that is split over ranks
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+import interpreter, capo, capo.linear
+
+rank, address = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+torch.use_deterministic_algorithms(True)
+g = torch.Generator().manual_seed(0)
+hidden, weight = torch.randn(40, 7, generator=g), torch.randn(50, 7, generator=g)
+labels, credit = torch.randint(0, 45, (40,), generator=g), torch.randn(40, generator=g)
+mask, cu = torch.rand(40, generator=g) > 0.5, torch.tensor([0, 30, 30, 40])
+capo.linear.MIN_CHUNK_ROWS = 32
+
+def results(weight, group, rule):
+    leaves = [x.clone().requires_grad_(True) for x in (hidden, weight)]
+    options = {"vocab_size": 45, "softcap": 4.0, "group": group, "chunk_bytes": 1}
+    out = capo.linear_policy_loss(*leaves, labels, credit, None, cu, rule, mask=mask, **options)
+    out.loss.backward()
+    return [x.detach() for x in out] + [x.grad for x in leaves]
+
+rule = capo.LossRule(ratio="sequence", entropy_coef=0.1)
+expected = results(weight, None, rule)
+mine = (slice(0, 20), slice(20, 50))[rank]
+expected[-1] = expected[-1][mine]
+with capo.use_backend("triton"):
+    torch.testing.assert_close(results(weight[mine], dist.group.WORLD, rule), expected, rtol=1e-4, atol=1e-5)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU, under Triton's interpreter")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+def test_a_vocabulary_over_two_ranks_is_that_of_one():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", RANK, str(rank), address],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(x[-3000:] for x in outputs)
 
 
 # ---- what nobody checks
