@@ -112,7 +112,7 @@ def test_both_kinds_of_labels(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("", "no labelled responses"), ("{", "2:|1:"), ("[]", "not a JSON object"), ('{"steps": ["a"], "label": 0}', "problem"),
+        ("", "no labelled responses"), ("{", "1: not JSON"), ("[]", "not a JSON object"), ('{"steps": ["a"], "label": 0}', "problem"),
         ('{"problem": "p", "label": 0}', "needs steps"), ('{"problem": "p", "steps": [], "label": -1}', "needs steps"),
         ('{"problem": "p", "steps": [1], "label": -1}', "needs steps"), ('{"problem": "p", "steps": ["a"]}', "label"),
         ('{"problem": "p", "steps": ["a"], "label": 1}', "from 0 to 0, got 1"),
@@ -121,7 +121,7 @@ def test_both_kinds_of_labels(tmp_path):
         ('{"problem": "p", "steps": ["a"], "wrong": [1]}', "step numbers"),
         ('{"problem": "p", "steps": ["a"], "wrong": 0}', "step numbers"),
         ('{"problem": "p", "steps": ["a"], "label": 0, "reference": 3}', "reference"),
-        ("[" * 100_000, "1:"),
+        ("[" * 100_000, "1: not JSON"),
     ],
 )  # fmt: skip
 def test_other_files_are_refused_with_the_line(tmp_path, line, message):
@@ -186,7 +186,7 @@ def test_the_command_checks_a_judge_behind_a_server(tmp_path):
         (("num_votes=0",), "at least 1"),
         (("kind=openai",), "needs judge.openai.url"),
         (("kind=transformers",), "needs judge.transformers.path"),
-        (("kind=transformers", "transformers.path=/nowhere/at/all"), "judge.transformers"),
+        (("kind=transformers", "transformers.path=/nowhere/at/all"), "judge.transformers.path=/nowhere/at/all"),
         (
             ("kind=openai", "openai.model=m", "openai.url=http://localhost/v1", "openai.api_key_env=NO_SUCH_KEY"),
             "NO_SUCH_KEY",

@@ -64,7 +64,11 @@ def load(path: str | Path) -> list[Labelled]:
                 if line.strip():
                     try:
                         found.append(_labelled(json.loads(line)))
-                    except (ValueError, TypeError, RecursionError) as error:
+                    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                        raise UsageError(
+                            f"{path}:{number}: not JSON ({error}); each line is one labelled response"
+                        ) from None
+                    except (ValueError, TypeError) as error:
                         raise UsageError(f"{path}:{number}: {error}") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot read the labelled responses: {error.strerror}") from None
