@@ -348,6 +348,22 @@ def test_missing_libraries_are_named():
     assert done.returncode == 2 and done.stderr == "error: capo train needs safetensors: pip install 'capo[train]'\n"
 
 
+def test_without_trl_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    for name in ("capo.integrations.trl_command", "capo.integrations.trl"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    done = CliRunner().invoke(app, ["trl", "--help"])
+    assert str(done.exception) == "capo trl needs trl: pip install 'capo[trl]'"
+
+
+def test_a_folder_that_the_judge_cannot_write_is_named_before_it_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("capo.judges.make.make_judge", None)
+    place = written(tmp_path, "") / "out"
+    done = CliRunner().invoke(app, ["judge", str(EXAMPLES.parent / "judge" / "arithmetic.jsonl"), "--out", str(place)])
+    assert isinstance(done.exception, UsageError)
+    assert str(done.exception) == f"--out={place}: cannot write there: Not a directory; choose another folder"
+
+
 def test_help_is_quick_and_loads_nothing_heavy():
     code = "import sys; from capo.cli import app\ntry: app(['train', '--help'])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules, 'transformers' in sys.modules, 'ruamel' in sys.modules)"
