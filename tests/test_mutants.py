@@ -543,7 +543,7 @@ TRITON_STATS = [
     Mutant(
         "parts overlap", PARTS, "first = (tl.program_id(0) % splits) * chunks * (BLOCK * UNROLL)", "first = 0 * splits"
     ),
-    Mutant("parts of another row", PARTS, "3 * (index * splits + part)", "3 * (part + 0 * splits)"),
+    Mutant("parts twice", PARTS, "3 * (index * splits + part)", "3 * (index * splits + part // 2)"),
 ]
 TRITON_LOSS = [
     Mutant("dead rows keep what was there", INPLACE, "fill(out, 0, vocab, 0.0, BLOCK)", "pass"),
