@@ -362,7 +362,7 @@ OPS = [
     Mutant(
         "upstream gradient of the head dropped",
         HEAD + "test_upstream",
-        "grad.mul_(grad_loss) for grad",
+        "_scaled(grad, grad_loss) for grad",
         "grad for grad",
     ),
     Mutant(
@@ -381,7 +381,7 @@ OPS = [
     Mutant(
         "upstream gradient dropped",
         LOSS + "test_upstream",
-        "return grad_logits.mul_(grad_loss), None, None",
+        "return _scaled(grad_logits, grad_loss), None, None",
         "return grad_logits, None, None",
     ),
     Mutant(
