@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from capo.backends import checks_values, kernel
+from capo.backends import backend_with, checks_values, kernel
 
 if TYPE_CHECKING:
     from capo.credit import Credit, CreditRule
@@ -135,6 +135,18 @@ def _policy_loss_backward(ctx, grad_loss, *_):
 torch.library.register_autograd("capo::policy_loss", _policy_loss_backward, setup_context=_policy_loss_setup, lib=_lib)
 
 
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """The gradient times what comes from above, in its memory; nothing is read if that is 1."""
+    if factor.device.type == "cpu":
+        return grad if factor == 1 else grad.mul_(factor)
+    backend = backend_with("scale_", factor.device)
+    if backend is None or not grad.is_contiguous():
+        return grad.mul_(factor)
+    backend.scale_(grad, factor)
+    torch.autograd.graph.increment_version(grad)
+    return grad
+
+
 class _PolicyLoss(torch.autograd.Function):
     """``policy_loss`` in eager mode: as above, but no second tensor of the size of the logits is made in the backward."""
 
@@ -156,9 +168,7 @@ class _PolicyLoss(torch.autograd.Function):
         (grad_logits,) = ctx.saved_tensors
         if grad_loss is None:
             return None, None, None
-        if grad_loss.device.type == "cpu" and grad_loss == 1:
-            return grad_logits, None, None
-        return grad_logits.mul_(grad_loss), None, None
+        return _scaled(grad_logits, grad_loss), None, None
 
 
 def policy_loss(
@@ -271,9 +281,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.need_grad, strict=True)]
-        if grad_loss.device.type == "cpu" and grad_loss == 1:
-            return *grads, None
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None
+        return *(None if grad is None else _scaled(grad, grad_loss) for grad in grads), None
 
 
 def linear_policy_loss(

@@ -5,8 +5,9 @@ from capo.kernels.linear import cap_rows, loss_terms, row_grads, row_logprobs, r
 from capo.kernels.logprobs import logprobs
 from capo.kernels.policy_loss import new_gradient, policy_loss
 from capo.kernels.product import add_product, add_sum, rows_product
+from capo.kernels.scale import scale_
 
 __all__ = [
     "add_product", "add_sum", "cap_rows", "credit", "logprobs", "loss_terms", "new_gradient", "policy_loss", "row_grads",
-    "row_logprobs", "row_stats", "rows_product", "workspace",
+    "row_logprobs", "row_stats", "rows_product", "scale_", "workspace",
 ]  # fmt: skip

@@ -378,7 +378,7 @@ OPS = [
     Mutant(
         "upstream gradient of the head dropped",
         HEAD + "test_upstream",
-        "grad.mul_(grad_loss) for grad",
+        "_scaled(grad, grad_loss) for grad",
         "grad for grad",
     ),
     Mutant(
@@ -397,7 +397,7 @@ OPS = [
     Mutant(
         "upstream gradient dropped",
         LOSS + "test_upstream",
-        "return grad_logits.mul_(grad_loss), None, None",
+        "return _scaled(grad_logits, grad_loss), None, None",
         "return grad_logits, None, None",
     ),
     Mutant(
@@ -696,7 +696,7 @@ TRITON_STATS = [
     Mutant(
         "parts overlap", PARTS, "first = (tl.program_id(0) % splits) * chunks * (BLOCK * UNROLL)", "first = 0 * splits"
     ),
-    Mutant("parts of another row", PARTS, "3 * (index * splits + part)", "3 * (part + 0 * splits)"),
+    Mutant("parts twice", PARTS, "3 * (index * splits + part)", "3 * (index * splits + part // 2)"),
 ]
 TRITON_LOSS = [
     Mutant("dead rows keep what was there", INPLACE, "fill(out, 0, vocab, 0.0, BLOCK)", "pass"),

@@ -133,6 +133,16 @@ def test_steps_beyond_a_block(device):
     torch.testing.assert_close(credit.advantages().cpu().double(), truth, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("factor", [1.0, -0.3, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_scaled_unless_the_factor_is_one(dtype, factor, device):
+    backend = importlib.import_module("capo.kernels.backend")
+    x = torch.randn(37, 1001, device=device).to(dtype)
+    given, by = x.clone(), torch.tensor(factor, device=device)
+    backend.scale_(given, by)
+    assert torch.equal(given.nan_to_num(7.0), (x * by).nan_to_num(7.0))
+
+
 def test_a_vocabulary_beyond_the_sums_is_refused(device):
     logits = torch.zeros(1, device=device, dtype=torch.bfloat16).expand(1, 2**20 + 1)
     with pytest.raises(ValueError, match="a vocabulary of 1048577 is beyond the 1048576 of the triton backend"):
