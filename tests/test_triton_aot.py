@@ -73,6 +73,8 @@ def test_there_are_no_atomics(target, kernels):
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
 def test_the_loops_over_a_row_are_lean(target, kernels):
     for k in kernels[target]:
+        if (k["case"], k["name"]) == ("loss, few rows", "stats_of_rows"):
+            continue  # adds up parts: it has no such loop but for rows that are read again
         assert {loop["writes"] for loop in k["loops"]} == {
             "loss_of_rows": {False, True}, "stats_of_rows": {False}, "sums_of_parts": {False}, "gradient_of_rows": {True},
             "stats_of_head_rows": {False}, "gradient_of_head_rows": {True},
