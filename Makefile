@@ -84,5 +84,5 @@ $(VENV)/.develop: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) --no-deps dashscope llama-models
 	$(PIP) trl==$(TRL) accelerate datasets peft $(TORCH)
 	$(PIP) --no-deps verl==$(VERL) TransferQueue tensordict torchdata pyvers cloudpickle codetiming
-	$(PIP) ray hydra-core cachetools msgspec pyzmq prometheus_client
+	$(PIP) ray hydra-core aiohttp cachetools msgspec pyzmq prometheus_client
 	@touch $(VENV)/.train $@
