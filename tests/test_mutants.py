@@ -841,11 +841,18 @@ class Factory:
         self.includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
         self.module = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
         self.sources = [*SOURCES, *(f"text/{path.name}" for path in (ROOT / "csrc/text").glob("*.cpp"))]
+        # What PyTorch compiled without the fault would be taken from its cache.
+        env = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         self.runners: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         for _ in range(WORKERS):
             self.runners.put(
                 subprocess.Popen(
-                    [sys.executable, "-c", RUN], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                    [sys.executable, "-c", RUN],
+                    cwd=ROOT,
+                    env=env,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
                 )
             )
         self.pool = ThreadPoolExecutor(WORKERS)
