@@ -434,12 +434,7 @@ class StepCredit:
 
         with ThreadPoolExecutor(1, "capo judge") as thread:
             replies = thread.submit(ask).result()
-        counts = [len(row) for row in replies]
-        if counts != [self.num_votes] * len(requests):
-            raise ValueError(
-                f"the judge was asked for {self.num_votes} critiques of each of {len(requests)} responses, and gave lists of "
-                f"{counts!s:.80}; calls that fail must be replies of state failed"
-            )
+        check_replies(replies, len(requests), self.num_votes)
         states = Counter(reply.state for row in replies for reply in row)
         for state in ("invalid", "failed"):
             self._counts[f"critiques/{state}"] += states[state]
@@ -522,6 +517,16 @@ def setting(config: Any, path: str, default: Any = None) -> Any:
         found = config.get(name, default) if hasattr(config, "get") else getattr(config, name, default)
         config = found
     return default if config is None else config
+
+
+def check_replies(replies: Sequence[Sequence[JudgeReply]], num_requests: int, num_votes: int) -> None:
+    """Raise ValueError if a judge gave not as many replies as it was asked for."""
+    counts = [len(row) for row in replies]
+    if counts != [num_votes] * num_requests:
+        raise ValueError(
+            f"the judge was asked for {num_votes} critiques of each of {num_requests} responses, and gave lists of "
+            f"{counts!s:.80}; calls that fail must be replies of state failed"
+        )
 
 
 def question_text(prompt: Any) -> str:

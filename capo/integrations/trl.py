@@ -30,7 +30,7 @@ from capo.credit import Credit, CreditRule
 from capo.judges import JudgeReply, JudgeRequest
 from capo.losses import LossRule
 from capo.patch import PolicyInputs, patch_causal_lm
-from capo.shaping import Rows
+from capo.shaping import Rows, check_replies, question_text
 from capo.split_groups import MOMENTS, gathered_advantages, response_moments, without_steps
 from capo.steps import Steps, TokenBytes, segment, step_texts
 
@@ -344,7 +344,7 @@ class CapoMixin:
         began = time.perf_counter()
         replies = waiting.result()
         seconds = time.perf_counter() - began
-        _check_replies(replies, len(requests), settings.num_votes)
+        check_replies(replies, len(requests), settings.num_votes)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)  # type: ignore[attr-defined]
         rewards = torch.where(per_function.isnan().all(1), torch.nan, rewards)
         self._capo_judged = _Judged(token_ids, cu_seqlens, steps, replies, rewards, seconds)
@@ -560,15 +560,6 @@ def _check_judge(settings: _Settings, judge: Any) -> None:
         )
 
 
-def _check_replies(replies: Any, num_requests: int, num_votes: int) -> None:
-    counts = [len(row) for row in replies]
-    if counts != [num_votes] * num_requests:
-        raise ValueError(
-            f"the judge was asked for {num_votes} critiques of each of {num_requests} responses, and gave lists of "
-            f"{counts!s:.80}; calls that fail must be replies of state failed"
-        )
-
-
 def _token_bytes(trainer: Any) -> TokenBytes:
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     ends: set[int] = set()
@@ -580,7 +571,7 @@ def _token_bytes(trainer: Any) -> TokenBytes:
 
 def _questions(inputs: Sequence[dict[str, Any]], prompts: Sequence[Any], column: str | None) -> list[str]:
     if column is None:
-        return [_text(prompt) for prompt in prompts]
+        return [question_text(prompt) for prompt in prompts]
     return [str(value) for value in _column(inputs, column, "capo_question")]
 
 
@@ -597,16 +588,3 @@ def _column(inputs: Sequence[dict[str, Any]], column: str, option: str) -> list[
         if column not in row:
             raise ValueError(f"{option}={column!r}: the dataset has no such column, only {', '.join(row)}")
     return [row[column] for row in inputs]
-
-
-def _text(prompt: Any) -> str:
-    """What a prompt says: a string, or messages, whose roles are told if there are several."""
-    if isinstance(prompt, str):
-        return prompt
-    said = []
-    for message in prompt:
-        content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(part.get("text", "") for part in content)
-        said.append((message.get("role", ""), content))
-    return said[0][1] if len(said) == 1 else "\n\n".join(f"{role}: {content}" for role, content in said)
