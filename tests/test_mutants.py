@@ -757,7 +757,7 @@ def backend_of(file: str, mutant: Mutant) -> str:
     return "triton" if "kernels" in file or mutant.tests.startswith(TRITON) else "native"
 
 
-def tests_of(file: str, mutant: Mutant) -> str:
+def run_of(file: str, mutant: Mutant) -> str:
     """The file of the tests of a mutant, and the backend that they run."""
     return f"{mutant.tests.split('::')[0]} {backend_of(file, mutant)}"
 
@@ -962,9 +962,9 @@ def test_the_tests_notice(name, results, record_property):
         print(f"killed by signal {-status}")
 
 
-@pytest.mark.parametrize("name", sorted({tests_of(*mutant) for mutant in MUTANTS.values()}))
+@pytest.mark.parametrize("name", sorted({run_of(*mutant) for mutant in MUTANTS.values()}))
 def test_the_same_tests_pass_without_a_fault(name, factory):
-    names = {mutant.tests.split("::")[1] for file, mutant in MUTANTS.values() if tests_of(file, mutant) == name}
+    names = {mutant.tests.split("::")[1] for file, mutant in MUTANTS.values() if run_of(file, mutant) == name}
     file, backend = name.split()
     names = "" if "" in names else " or ".join(f"({each})" for each in sorted(names))
     status, output = factory.run(factory.clean, file, names, backend)
