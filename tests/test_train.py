@@ -578,7 +578,7 @@ JUDGE = ("judge.kind=transformers", f"judge.transformers.path={Path(__file__).pa
     [
         (("device=cuda",), "device=cuda, but PyTorch sees no GPU; choose device=cpu"),
         ((*JUDGE, "judge.transformers.device=cuda:1"), "judge.transformers.device=cuda:1, but PyTorch sees no GPU"),
-        (JUDGE, "judge.transformers: "),
+        (JUDGE, "judge.transformers.path=.*: "),
         (("judge.kind=openai", "judge.openai.url=http://localhost:1/v1", "judge.openai.model=m",
           "judge.openai.api_key_env=CAPO_NO_KEY"), "judge.openai: .*CAPO_NO_KEY"),
         (("rollout.engine=vllm",), "rollout.engine=vllm: vLLM: not installed"),
@@ -675,7 +675,7 @@ def test_an_update_in_which_nothing_is_decided_moves_nothing(tmp_path, monkeypat
     monkeypatch.setattr(capo.train, "Verifier", Undecided)
     # No response is cut off: that alone would make it wrong.
     Changed(lambda part: dataclasses.replace(part, truncated=torch.zeros_like(part.truncated)), monkeypatch)
-    result = run(small(tmp_path, "updates=2", "weight_decay=0.5"))
+    result = run(small(tmp_path, "updates=2", "weight_decay=0.5", "max_undecided=1"))
     rows = read_metrics(result.run_dir / "metrics.jsonl")[1:]
     assert [row["capo/idle_minibatches"] for row in rows] == [2, 2] and not any("reward" in row for row in rows)
     assert [row["capo/undecided"] for row in rows] == [16, 16]

@@ -68,7 +68,7 @@ def make_judge(config: JudgeConfig, checker: Callable[[JudgeRequest], Sequence[b
         extra = ENGINES[config.kind][1]
         raise UsageError(f"judge.kind={config.kind} needs {error.name}: pip install 'capo[{extra}]'") from None
     except (ValueError, OSError, JudgeError) as error:
-        model = "" if config.kind not in ("transformers", "vllm") else f".path={getattr(config, config.kind).path}"
+        model = f".path={config.transformers.path}" if config.kind == "transformers" else ""
         raise UsageError(f"judge.{config.kind}{model}: {error}") from None
     from capo.judges.scripted import ScriptedJudge
 
