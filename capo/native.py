@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,9 +33,28 @@ def _float32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
+_spare: list[np.ndarray] = []  # the memory of the last large advantages, one piece at most
+
+
+def _new_floats(size: int) -> Tensor:
+    """Memory for float32 with anything in it. Much of it takes longer to get than to fill: the last piece is kept, and taken
+    again once no tensor has it."""
+    if size < 1 << 20:
+        return torch.empty(size, dtype=torch.float32)
+    try:
+        memory = _spare.pop()  # at once, as another thread may want it
+    except IndexError:
+        memory = None
+    # Two references are the one here and that of the call; a tensor has another.
+    if memory is None or not size <= memory.size <= 2 * size or sys.getrefcount(memory) > 2:
+        memory = np.empty(size, dtype=np.float32)
+    _spare[:] = [memory]
+    return torch.from_numpy(memory[:size])
+
+
 def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_tokens, *rule):
     vote, outcome_weight, process_weight, normalize, std_floor, clamp, reward = rule
-    advantages = torch.empty(num_tokens, dtype=torch.float32)
+    advantages = _new_floats(num_tokens)
     layout = (outcomes, votes, starts, ends, cu_steps, cu_seqlens)
     fits = _native.credit(
         *map(_address, (*layout, groups, advantages)),

@@ -7,7 +7,7 @@ import torch
 from batches import lengths_to_cu, random_credit
 
 import capo
-from capo import Credit, CreditRule, Steps
+from capo import Credit, CreditRule, Steps, backends
 from capo.reference import step_weights, token_advantages
 
 PRESETS = ("capo", "grpo", "dr_grpo", "rloo", "opo", "grpo_process", "vppo", "fapo", "papo")
@@ -438,3 +438,24 @@ def test_means_that_differ_by_rounding_only_are_equal(device):
     flags = [0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0]
     credit = make([0.1] * 5, steps, flags, rule=rule)
     assert not moved(credit, device).advantages().any()
+
+
+@pytest.mark.skipif(backends.why_not("native", "cpu") is not None, reason="no native module")
+def test_large_advantages_take_memory_again_that_nobody_has():
+    size = 1 << 20
+    steps = Steps(torch.tensor([0, size]), torch.tensor([9, 2 * size]), torch.tensor([0, 1, 2]))
+    votes = torch.tensor([[1], [0]], dtype=torch.int8)
+    cu_seqlens = torch.tensor([0, size, 2 * size])
+    credit = Credit(torch.tensor([1.0, 0.0]), votes, steps, cu_seqlens, torch.tensor([0, 0]))
+    with capo.use_backend("native"):
+        first = credit.advantages()
+        kept, before = first[3:5], first.clone()
+        second = credit.advantages()
+        assert second.data_ptr() != first.data_ptr()
+        address = second.data_ptr()
+        del second
+        third = credit.advantages()
+        assert third.data_ptr() == address and torch.equal(third, before)
+        del first, third
+        fourth = dataclasses.replace(credit, outcomes=1 - credit.outcomes).advantages()
+    assert torch.equal(kept, before[3:5]) and not torch.equal(fourth, before)
