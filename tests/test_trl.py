@@ -727,12 +727,12 @@ def test_columns_for_the_judge_are_chosen_by_name(tmp_path):
 
 
 def test_prompts_that_are_conversations_reach_the_judge_as_text():
-    from capo.integrations.trl import _text
+    from capo.shaping import question_text
 
-    assert _text([{"role": "user", "content": "2 + 2?"}]) == "2 + 2?"
+    assert question_text([{"role": "user", "content": "2 + 2?"}]) == "2 + 2?"
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
-    assert _text(talk) == "system: Be brief.\n\nuser: What is it?"
+    assert question_text(talk) == "system: Be brief.\n\nuser: What is it?"
 
 
 def test_evaluation_does_not_ask_the_judge(tmp_path):

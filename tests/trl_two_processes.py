@@ -1,6 +1,7 @@
 """Started by torchrun with two processes: one TRL step each with groups that reach over both; see test_trl.py."""
 
 import dataclasses
+import gc
 import json
 import sys
 from pathlib import Path
@@ -79,3 +80,8 @@ for base in ("rule", "host"):
     if rank == 0:
         log = next(row for row in trainer.state.log_history if "capo/max_advantage" in row)
         (folder / f"{base}-log.json").write_text(json.dumps(log))
+
+
+del trainer, spy, original, keep  # a process group that lives until the interpreter ends may abort it there
+gc.collect()
+torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -85,6 +87,11 @@ def run(args: list[str]) -> None:
     trainer.save_model(config.output_dir)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+    # A process group that lives until the interpreter ends may abort it there: with gloo, one run in some twenty.
+    del trainer
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _parser() -> Any:
