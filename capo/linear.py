@@ -33,8 +33,6 @@ ROW_MULTIPLE = 32
 WEIGHT_BYTES = 8 << 20
 # Columns of the logits that are summed for the bias at a time: PyTorch makes a float32 copy of them.
 COLUMNS = 4096
-# Zeros from so many numbers on come in large pages.
-LARGE = 1 << 21
 # The label of a row that is not there.
 ABSENT = -2
 
@@ -318,10 +316,13 @@ class _Gradients:
         self.head, (hidden, weight, bias) = head, need_grad
 
         layout = torch.preserve_format if head.products is None else torch.contiguous_format
-        of_hidden = head.hidden.dtype if head.shards is None else torch.float32
-        of_weight = torch.float32 if several else head.weight.dtype
-        self.hidden = _zeros_like(head.hidden, of_hidden, layout) if hidden else None
-        self.weight = _zeros_like(head.whole_weight, of_weight, layout) if weight else None
+
+        def sum_like(x):
+            return torch.zeros_like(x, dtype=torch.float32 if several else x.dtype, memory_format=layout)
+
+        dtype = head.hidden.dtype if head.shards is None else torch.float32
+        self.hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=layout) if hidden else None
+        self.weight = sum_like(head.whole_weight) if weight else None
         self.bias = torch.zeros_like(head.whole_bias, dtype=torch.float32) if bias else None
 
     def add(
@@ -420,15 +421,6 @@ class _Shards:
         centred = torch.where(absent, 0.0, centred) + sums * shift
         total = torch.where(top == -torch.inf, torch.nan, (sums * scale).sum(0))
         return torch.stack([top, total, (centred * scale).sum(0), infinite.amax(0), at_label.amax(0)], -1)
-
-
-def _zeros_like(x: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Zeros that are in memory already; many of them, on a CPU, in the large pages that NumPy asks for, which takes a third of the
-    time."""
-    if x.device.type != "cpu" or x.numel() < LARGE or not x.is_contiguous():
-        return torch.zeros_like(x, dtype=dtype, memory_format=layout)
-    memory = np.empty(x.numel() * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(x.shape).zero_()
 
 
 def _rounded(rows: int) -> int:
