@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -262,8 +263,68 @@ def train(
         f"held-out greedy accuracy: {result.before:.3f} before, {result.after:.3f} after {result.update} updates"
     )
     typer.echo(f"metrics, learning curve, checkpoints: {result.run_dir}")
+    typer.echo(
+        f"to look at responses: capo view {result.run_dir / 'samples.jsonl'} --html {result.run_dir / 'samples.html'}"
+    )
     if result.stopped:
         typer.echo(f"stopped by a signal; go on with: {again}")
+
+
+class Kind(str, Enum):
+    """Kinds of responses, as `capo.samples.Sample.is_a` names them."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNDECIDED = "undecided"
+    FLAGGED = "flagged"
+
+
+@app.command()
+def view(
+    file: Path = typer.Argument(help="What `capo score` wrote (.parquet), or samples.jsonl of a training run."),
+    tokenizer: str | None = typer.Option(None, help="The policy's tokenizer, as for `capo score`; parquet needs it."),
+    rollouts: Path | None = typer.Option(None, help="The rollouts that were scored: shows the prompts."),
+    critiques: Path | None = typer.Option(None, help="The critiques: shows what the judge wrote."),
+    only: list[Kind] | None = typer.Option(None, help="Only responses that are so; several: any of them."),
+    response: list[str] | None = typer.Option(None, help="Only this response; may be given several times."),
+    most: int | None = typer.Option(None, min=1, help="Show at most so many responses. [default: 5, as HTML 200]"),
+    html: Path | None = typer.Option(None, help="Write one HTML page instead: no script, needs no network."),
+    vocab_size: int | None = typer.Option(None, min=1, help="As for `capo score`."),
+) -> None:
+    """Look at responses: their steps, the votes on each, the advantage of every token.
+
+        capo view shaped.parquet --tokenizer ./model --only flagged
+
+        capo view shaped.parquet --tokenizer ./model --rollouts rollouts.jsonl --critiques critiques.jsonl --html shaped.html
+
+        capo view runs/arithmetic-capo/samples.jsonl --html run.html
+
+    Blue text has an advantage above 0, red text one below.
+    """
+    from rich.console import Console
+
+    from capo.samples import Sample, read_samples
+    from capo.view import print_samples, to_html
+
+    def wanted(sample: Sample) -> bool:
+        return (not response or sample.id in response) and (not only or any(sample.is_a(kind.value) for kind in only))
+
+    with _usage_errors(ImportError, OSError, ValueError, options=_SCORE_OPTIONS):
+        token_bytes = None
+        if tokenizer is not None:
+            from capo.tokenizer import load_tokenizer
+
+            token_bytes = load_tokenizer(tokenizer, num_tokens=vocab_size).token_bytes
+        limit = most or (5 if html is None else 200)
+        samples = read_samples(file, token_bytes, rollouts=rollouts, critiques=critiques, wanted=wanted, most=limit)
+        if not samples:
+            raise UsageError(f"{file} has no such response")
+        if html is not None:
+            cut = f"cut off after {limit}, see --most" if len(samples) == limit else ""
+            html.write_text(to_html(samples, file.name, cut), "utf-8")
+            typer.echo(f"{len(samples)} responses: {html}")
+            return
+    print_samples(samples, Console() if sys.stdout.isatty() else Console(width=120), replies=bool(response))
 
 
 @app.command(

@@ -136,7 +136,7 @@ def verifier_metrics(verifier: Verifier, counts: Counter[str], seconds: float) -
 
 
 class MetricsLog:
-    """A file of metrics, one JSON object a line.
+    """A file of metrics, or of samples, one JSON object a line, each with its step.
 
     Args:
         path: the file.
@@ -163,7 +163,7 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            self._console.print(f"warning: {self.path}: {error.strerror}; metrics are lost, training goes on")
+            self._console.print(f"warning: {self.path}: {error.strerror}; a line is lost, training goes on")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

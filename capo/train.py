@@ -45,6 +45,7 @@ from capo.metrics import (
 from capo.models import build_model, load_warm_start, stream, warm_start
 from capo.progress import Stage, stage
 from capo.rollout import Engine, RolloutError, Rollouts, Sampling, TransformersEngine, mismatch
+from capo.samples import rows_of_group
 from capo.steps import segment, step_texts
 from capo.verify import Outcome, Verifier
 
@@ -214,7 +215,9 @@ class _Run:
         if config.loss.kl_coef > 0:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
             checkpoint.load(start, self.reference, None)
-        self.log = MetricsLog(self.folder / "metrics.jsonl", self.state["update"] if self.resume else -1, self.console)
+        last = self.state["update"] if self.resume else -1
+        self.log = MetricsLog(self.folder / "metrics.jsonl", last, self.console)
+        self.samples = MetricsLog(self.folder / "samples.jsonl", last, self.console)
         if not self.resume:
             self.log.write({"step": 0, "eval/accuracy": self.state["accuracy"]})
             self._save()
@@ -325,6 +328,11 @@ class _Run:
         difference = mismatch(old_logprobs, rollouts.logprobs, config.loss.importance_cap)
         self._check_mismatch(difference["sampling/sampling_logp_difference/mean"])
         ref_logprobs = response_logprobs(self.reference, rollouts, config)[0] if self.reference is not None else None
+        if update % config.eval_every == 0 or update == config.updates:
+            for row in rows_of_group(
+                update, 0, problems[0].question, rollouts.token_ids, credit, advantages, votes, task.token_bytes
+            ):
+                self.samples.write(row)
         metrics = {
             **outcome_metrics(outcomes, rollouts.prompt_index),
             **judge_metrics(credit, votes),

@@ -30,6 +30,7 @@ from capo.learn import Batch, accumulate, learn, minibatches, response_logprobs
 from capo.metrics import MetricsLog, outcome_metrics, read_metrics
 from capo.models import build_model, stream, warm_start
 from capo.rollout import response_logits, sample
+from capo.samples import read_samples
 from capo.train import TrainingError, train
 from capo.verify import Outcome, Verifier
 
@@ -77,6 +78,8 @@ def contents(result, update=None):
         {key: value for key, value in row.items() if not TIMES.match(key) and key != "eval/accuracy"}
         for row in read_metrics(result.run_dir / "metrics.jsonl")
     ]
+    # Those of an update that was the last of its call are there only if it was.
+    rows += [row for row in read_metrics(result.run_dir / "samples.jsonl") if row["step"] % 2 == 0]
     return tensors, rows
 
 
@@ -179,6 +182,25 @@ LOSSES = {
     "kl": ("loss.kl_coef=0.1",),
     "entropy": ("loss.entropy_coef=0.01",),
 }
+
+
+def test_samples_are_those_of_the_evaluated_updates(tmp_path):
+    result = run(small(tmp_path, "updates=5", "judge.adaptive=false", "judge.invalid=0.3", "judge.failed=0.3"))
+    rows = read_metrics(result.run_dir / "samples.jsonl")
+    assert [row["step"] for row in rows] == [2] * 4 + [4] * 4 + [5] * 4
+    samples = read_samples(result.run_dir / "samples.jsonl")
+    assert [shown.id for shown in samples[:4]] == ["2/0", "2/1", "2/2", "2/3"]
+    states = set()
+    for shown, row in zip(samples, rows, strict=True):
+        assert "".join(run.text for part in shown.parts for run in part.runs) == "".join(row["tokens"])
+        assert sum(run.num_tokens for part in shown.parts for run in part.runs) == len(row["advantages"])
+        assert len(shown.replies) == len(row["votes"][0])
+        for number, reply in enumerate(row["critiques"]):
+            votes = {step[number] for step in row["votes"]}
+            valid = reply["error"] is None
+            assert votes <= {0, 1} if valid else votes == {-1}
+            states.add("valid" if valid else "failed" if reply["text"] is None else "invalid")
+    assert states == {"valid", "invalid", "failed"}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -321,9 +343,12 @@ def test_penalty_of_zero_is_the_outcome_only_rule_bit_for_bit(tmp_path):
     (one, rows), (other, other_rows) = contents(with_judge), contents(without)
     assert same(one, other)
     assert any(row.get("grad_norm", 0) > 0 for row in rows)  # something was learnt
-    judged = re.compile("capo/(flag_rate|vote|critiques|judge|conflict)")
+    judged = re.compile("capo/(flag_rate|vote|critiques|judge|conflict)|votes|step_weights|critiques")
     assert any(judged.match(key) for key in rows[1])
-    assert [{k: v for k, v in row.items() if not judged.match(k)} for row in rows] == other_rows
+    rows, other_rows = (
+        [{k: v for k, v in row.items() if not judged.match(k)} for row in r] for r in (rows, other_rows)
+    )
+    assert rows == other_rows
     # And a penalty does make a difference.
     third = run(small(tmp_path, *warm, name="capo"))
     assert not same(one, contents(third)[0])
