@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from variants import FLOOR, FRESH_FLOOR, FULL, LOGPROBS, Op, Skip, Timed, Variant, clipped_loss, native
+from variants import FLOOR, FRESH_FLOOR, FULL, LOGPROBS, Op, Skip, Timed, Variant, clipped_loss, in_halves, native
 
 import capo
 
@@ -84,12 +84,7 @@ def _logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def _with_gradients(loss, x: SimpleNamespace) -> Timed:
     hidden, weight = x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()
-
-    def call():
-        value = loss(hidden, weight)
-        return value, *torch.autograd.grad(value, (hidden, weight))
-
-    return Timed(call)
+    return in_halves(lambda: loss(hidden, weight), hidden, weight)
 
 
 # ---- loss and gradients

@@ -1,8 +1,8 @@
-"""Figures from the CSV files of run.py; nothing is timed here.
+"""Figures from the CSV files of run.py and gpu.py; nothing is timed here.
 
     python benchmarks/plot.py [FOLDER ...]     folders of results; all of benchmarks/results by default
 
-Each <op>.csv that run.py wrote gives PNG files beside it.
+Each <op>.csv that they wrote gives PNG files beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 CAPO, OTHER, FLOOR = "#1768ac", "#9aa5b1", "#d1495b"
-LINES = {"capo": CAPO, "capo, in place": "#06a77d", "eager": "#6c757d", "eager, live rows": "#b08968"}
+OURS = "native", "triton"
+LINES = {
+    "capo": CAPO,
+    "capo, in place": "#06a77d",
+    "capo CUDA": CAPO,
+    "capo Triton": "#5fa8d3",
+    "eager": "#6c757d",
+    "eager, live rows": "#b08968",
+}
 LINES |= {"eager, row loop": "#b08968", "torch.compile": "#7b2cbf", "TRL": "#e09f3e"}
 Rows = list[dict[str, str]]
 
@@ -65,7 +73,7 @@ def bars(rows: Rows, path: Path) -> None:
     kinds = list(dict.fromkeys(row["what"] for row in shown))
     shown.sort(key=lambda row: -kinds.index(row["what"]))
     shown = [row for kind in reversed(kinds) for row in reversed([r for r in shown if r["what"] == kind])]
-    errors = any(row["gradient_error"] for row in shown)
+    errors = any(float(row["gradient_error"] or 0) > 0 for row in shown)
     figure, axes = plt.subplots(
         1, 1 + errors, figsize=(11 if errors else 8, 1.8 + 0.36 * len(shown)), sharey=True, squeeze=False,
         width_ratios=[3, 1] if errors else [1],
@@ -74,9 +82,7 @@ def bars(rows: Rows, path: Path) -> None:
     plate = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
     for y, row in enumerate(shown):
         middle, error = errorbars(row)
-        axis.barh(
-            y, middle, xerr=error, color=CAPO if row["backend"] == "native" else OTHER, ecolor="#333333", capsize=2
-        )
+        axis.barh(y, middle, xerr=error, color=CAPO if row["backend"] in OURS else OTHER, ecolor="#333333", capsize=2)
         ratio = f"  ({number(float(row['ratio_floor']), 2)} x floor)" if row["ratio_floor"] else ""
         axis.text(
             float(row["p80_ms"]) * 1.08, y, f"{number(middle)} ms{ratio}", va="center", fontsize=8, zorder=4, bbox=plate
@@ -90,13 +96,14 @@ def bars(rows: Rows, path: Path) -> None:
     low = min(float(row["p20_ms"]) for row in rows)
     axis.set(xscale="log", xlabel="time of a call (ms)", xlim=(low / 2, 12 * max(float(row["p80_ms"]) for row in rows)))
     axis.xaxis.set_major_formatter(FuncFormatter(tick))
-    axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=8, frameon=False, ncols=2)
+    if any(map(is_floor, rows)):
+        axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), fontsize=8, frameon=False, ncols=2)
     if errors:
         axes[0, 1].set(xscale="log", xlabel="gradient: relative L2 error\nagainst float64")
         axes[0, 1].xaxis.set_minor_formatter(NullFormatter())
         for y, row in enumerate(shown):
-            if row["gradient_error"]:
-                color = CAPO if row["backend"] == "native" else OTHER
+            if float(row["gradient_error"] or 0) > 0:
+                color = CAPO if row["backend"] in OURS else OTHER
                 axes[0, 1].plot(float(row["gradient_error"]), y, "o", color=color)
         axes[0, 1].grid(axis="x", alpha=0.3)
     first = rows[0]

@@ -295,7 +295,7 @@ def rows(name: str, case, results: list[Measured]) -> list[dict]:
                 "median_ms": r.median,
                 "p20_ms": float(np.percentile(r.wall, 20)),
                 "p80_ms": float(np.percentile(r.wall, 80)),
-                "cpu_ms": statistics.median(r.cpu),
+                "cpu_ms": statistics.median(r.cpu) if r.cpu else None,
                 "tokens_per_s": 1e3 * case.tokens / r.median,
                 "ratio_floor": floors[FLOOR] and r.median / floors[FLOOR],
                 "ratio_fresh_floor": floors[FRESH_FLOOR] and r.median / floors[FRESH_FLOOR],
@@ -304,9 +304,9 @@ def rows(name: str, case, results: list[Measured]) -> list[dict]:
     return table
 
 
-def write(path: Path, table: list[dict]) -> None:
+def write(path: Path, table: list[dict], columns: list[str] = COLUMNS) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table)
 

@@ -36,10 +36,17 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Timed:
-    """A function to be timed, and what is done before each call, outside the timing."""
+    """A function to be timed, and what is done before each call, outside the timing.
+
+    Args:
+        call: the function.
+        reset: what is done before.
+        halves: a forward, and a backward of what that returns, which are the call in two; None: it has no halves.
+    """
 
     call: Callable[[], object]
     reset: Callable[[], object] = lambda: None
+    halves: tuple[Callable, Callable] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,15 +167,23 @@ def row_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(rows)[:, 0]
 
 
-def _with_gradient(loss: Callable[[Tensor], Tensor], x: SimpleNamespace) -> Timed:
-    # autograd.grad hands over the gradient as a model's backward would get it: without a copy into .grad.
-    logits = x.logits.detach().requires_grad_()
+def in_halves(forward: Callable[[], Tensor], *leaves: Tensor) -> Timed:
+    """A loss and its gradients."""
+
+    # autograd.grad hands over the gradients as a model's backward would get them: without a copy into .grad.
+    def backward(value):
+        return torch.autograd.grad(value, leaves)
 
     def call():
-        value = loss(logits)
-        return value, *torch.autograd.grad(value, logits)
+        value = forward()
+        return value, *backward(value)
 
-    return Timed(call)
+    return Timed(call, halves=(forward, backward))
+
+
+def _with_gradient(loss: Callable[[Tensor], Tensor], x: SimpleNamespace) -> Timed:
+    logits = x.logits.detach().requires_grad_()
+    return in_halves(lambda: loss(logits), logits)
 
 
 def _capo_loss(x: SimpleNamespace, logits: Tensor, **options) -> Tensor:
