@@ -146,6 +146,9 @@ class JudgeConfig(_Section):
         default="scripted", description="scripted: an exact checker with noise; openai; transformers; vllm"
     )
     num_votes: int = Field(default=5, ge=0, le=127, description="K, critiques per response; 0: the judge is not asked")
+    quorum: int = Field(
+        default=1, ge=1, le=127, description="valid critiques that a response needs for any of its votes to count"
+    )
     adaptive: bool = Field(default=True, description="leave out votes that can change no advantage")
     trust: Literal["list", "verdict"] = Field(default="list", description="what counts if a list follows a Yes")
     temperature: float = Field(default=1.0, ge=0, le=100, description="of the judge's sampling")
@@ -166,6 +169,8 @@ class JudgeConfig(_Section):
     def _fits(self) -> JudgeConfig:
         if self.invalid + self.failed > 1:
             raise ValueError(f"invalid={self.invalid} and failed={self.failed} add up to more than 1")
+        if self.quorum > max(1, self.num_votes):
+            raise ValueError(f"quorum={self.quorum} can never be reached with num_votes={self.num_votes}")
         missing = {
             "openai": [name for name in ("url", "model") if getattr(self.openai, name) is None],
             "transformers": ["path"] if self.transformers.path is None else [],

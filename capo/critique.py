@@ -392,17 +392,22 @@ def check_nonce(nonce: str) -> None:
 
 
 def vote_table(
-    critiques: Sequence[Sequence[Critique | None]], num_steps: Sequence[int], num_votes: int | None = None
+    critiques: Sequence[Sequence[Critique | None]],
+    num_steps: Sequence[int],
+    num_votes: int | None = None,
+    quorum: int = 1,
 ) -> Tensor:
     """The votes of all critiques on all steps: 1 flagged, 0 clear, -1 abstained.
 
     Column k of a response's rows is its k-th critique; an invalid critique, and one that is missing because a response
-    has fewer than the others, abstains on every step.
+    has fewer than the others, abstains on every step. So do all critiques of a response that has fewer valid ones than the
+    quorum.
 
     Args:
         critiques: per response, its critiques in any order, None for an invalid or failed one.
         num_steps: [B] number of steps per response.
         num_votes: K; None takes the longest of the lists.
+        quorum: valid critiques that a response needs for any of its votes to count.
 
     Returns:
         int8 [M, K], M = sum of ``num_steps``, on the CPU.
@@ -420,6 +425,8 @@ def vote_table(
     for response, (votes, steps) in enumerate(zip(critiques, num_steps, strict=True)):
         if len(votes) > columns:
             raise ValueError(f"vote_table: response {response} has {len(votes)} critiques, more than {columns}")
+        if sum(critique is not None for critique in votes) < quorum:
+            votes = [None] * len(votes)
         heard.append([critique is not None for critique in votes] + [False] * (columns - len(votes)))
         for column, critique in enumerate(votes):
             for index in critique.flagged if critique is not None else ():

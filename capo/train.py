@@ -309,6 +309,7 @@ class _Run:
             [[reply.critique for reply in row] for row in votes.replies],
             [len(request.steps) for request in requests],
             config.judge.num_votes,
+            config.judge.quorum,
         )
 
         credit = Credit(
@@ -327,7 +328,7 @@ class _Run:
         ref_logprobs = response_logprobs(self.reference, rollouts, config)[0] if self.reference is not None else None
         metrics = {
             **outcome_metrics(outcomes, rollouts.prompt_index),
-            **judge_metrics(credit, votes),
+            **judge_metrics(credit, votes, config.judge.quorum),
             **response_metrics(credit, requests),
             **verifier_metrics(self.verifier, *verified),
             "entropy": entropy.mean().item(),
@@ -361,6 +362,7 @@ class _Run:
             outcomes.tolist(),
             rollouts.prompt_index.tolist(),
             adaptive=config.judge.adaptive,
+            quorum=config.judge.quorum,
         )
         return Assessment(outcomes, requests, votes, time.perf_counter() - began)
 

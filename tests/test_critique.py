@@ -800,6 +800,14 @@ def test_vote_table():
     assert table.tolist() == [[1, -1, 0], [0, -1, 0], [1, -1, 0], [-1, -1, -1], [0, 0, -1], [0, 1, -1]]
 
 
+def test_votes_below_the_quorum_abstain():
+    a, b, none = Critique(False, (0,)), Critique(True, ()), None
+    lists, steps = [[a, none, b], [none, a, none], [none] * 3, []], [2, 1, 1, 1]
+    assert vote_table(lists, steps, 3, quorum=2).tolist() == [[1, -1, 0], [0, -1, 0], *[[-1] * 3] * 3]
+    assert vote_table(lists, steps, 3, quorum=1).tolist()[2] == [-1, 1, -1]
+    assert vote_table(lists, steps, 3, quorum=3).unique().tolist() == [-1]
+
+
 def test_vote_table_shapes():
     assert vote_table([], []).shape == (0, 0)
     assert vote_table([[], []], [0, 2], 4).tolist() == [[-1] * 4] * 2

@@ -83,6 +83,8 @@ def test_every_kind_is_made_from_its_section(tmp_path, monkeypatch):
         (["judge.openai.max_failure_rate=1.5"], "max_failure_rate"),
         (["judge.openai.deadline=.inf"], "deadline"),
         (["judge.temperature=-1"], "temperature"),
+        (["judge.quorum=0"], "quorum"),
+        (["judge.quorum=4", "judge.num_votes=3"], "quorum=4 can never be reached with num_votes=3"),
         (["judge.openai.api_key_env=A", "judge.openai.api_key_file=b"], "one of them"),
         (["judge.transformers.device=tpu"], "device"),
     ],
@@ -163,6 +165,21 @@ def test_a_run_stops_when_too_much_is_undecided_and_goes_on_when_it_is_not(tmp_p
     assert run(tmp_path / "never", size, "max_undecided=1").update == 3
 
 
+def test_a_run_with_a_quorum_does_without_the_votes_below_it(tmp_path):
+    garbled = ("judge.invalid=0.5", "warm_start.steps=60", "warm_start.learning_rate=1e-2")
+
+    def rows(name, *more):
+        result = run(tmp_path / name, *garbled, *more)
+        return read_metrics(result.run_dir / "metrics.jsonl")[1:]
+
+    strict, every = rows("strict", "judge.quorum=3"), rows("every", "judge.quorum=3", "judge.adaptive=false")
+    loose = rows("loose")
+    for name in ("loss", "grad_norm", "reward", "capo/max_advantage"):
+        assert [row.get(name) for row in strict] == [row.get(name) for row in every]
+    assert sum(row["capo/critiques/no_quorum"] for row in every) > sum(row["capo/critiques/no_quorum"] for row in loose)
+    assert [row.get("loss") for row in strict] != [row.get("loss") for row in loose]
+
+
 def credit(outcomes, flags, counts, lengths):
     """One-vote credit with one token a step. flags: by response, a string of 1, 0, -"""
     rows = [JudgeReply(None, None, "x") if "-" in word else _reply(word) for word in flags]
@@ -190,6 +207,9 @@ def test_judge_metrics_by_hand():
     assert metrics["capo/judge_tokens_per_token"] == 4 * 15 / 12
     # All steps of a right one flagged; none of a wrong one. Who was not heard contradicts nobody.
     assert (metrics["capo/conflict/right"], metrics["capo/conflict/wrong"]) == (1, 1)
+    assert metrics["capo/critiques/no_quorum"] == 1
+    strict = judge_metrics(made, votes, quorum=2)
+    assert strict["capo/critiques/no_quorum"] == 5 and strict["capo/conflict/right"] == 0
     assert judge_metrics(made, Votes([[] for _ in range(5)], 0, 0)) == {}
     requests = [JudgeRequest("q", None, ("a",)), JudgeRequest("q", None, ("<step_3>", "b"))]
     requests += [JudgeRequest("q", None, ("Judgment: Yes",)), JudgeRequest("q", None, ("c",))] + requests[:1]
