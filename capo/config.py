@@ -149,6 +149,15 @@ class JudgeConfig(_Section):
     quorum: int = Field(
         default=1, ge=1, le=127, description="valid critiques that a response needs for any of its votes to count"
     )
+    canaries: int = Field(
+        default=0, ge=0, le=65536, description="responses with known wrong steps that are judged in each update"
+    )
+    min_canaries: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="stop if a smaller share of an update's canaries, without or with a wrong step, is judged right",
+    )
     adaptive: bool = Field(default=True, description="leave out votes that can change no advantage")
     trust: Literal["list", "verdict"] = Field(default="list", description="what counts if a list follows a Yes")
     temperature: float = Field(default=1.0, ge=0, le=100, description="of the judge's sampling")
@@ -300,6 +309,8 @@ class TrainConfig(_Section):
                 f"method={self.method} with process_weight {rule.process_weight:g} needs votes, but judge.num_votes is "
                 "0: set judge.num_votes to 1 or more, or choose an outcome-only method (grpo, dr_grpo, rloo, opo)"
             )
+        if self.judge.canaries and (rule.process_weight == 0 or self.judge.num_votes == 0):
+            raise ValueError(f"judge.canaries={self.judge.canaries}, but method={self.method} does not ask the judge")
         if rule.vote == "majority" and rule.process_weight > 0 and self.judge.num_votes == 2:
             raise ValueError(
                 "judge.num_votes=2 with credit.vote=majority is the same as union (a tie flags); "

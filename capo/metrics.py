@@ -119,6 +119,10 @@ def alarms(metrics: Mapping[str, Any]) -> dict[str, str]:
     look("capo/flag_rate/wrong", value("capo/flag_rate/wrong") < 0.01, "hardly a step of wrong responses is flagged")
     look("capo/flag_rate/right", value("capo/flag_rate/right") > 0.5, "most steps of right responses are flagged")
     look("capo/vote_kappa", value("capo/vote_kappa") < 0.1, "votes agree hardly more than by chance")
+    look("capo/canaries/right", value("capo/canaries/right") < 0.5, "most right canaries have a flagged step")
+    look(
+        "capo/canaries/wrong", value("capo/canaries/wrong") < 0.5, "the planted error is missed in most wrong canaries"
+    )
     look("capo/marked_responses", value("capo/marked_responses") > 0.01, "responses hold markers of the judge's prompt")
     look(
         "capo/single_step_responses",
