@@ -180,6 +180,10 @@ class JudgeConfig(_Section):
             raise ValueError(f"invalid={self.invalid} and failed={self.failed} add up to more than 1")
         if self.quorum > max(1, self.num_votes):
             raise ValueError(f"quorum={self.quorum} can never be reached with num_votes={self.num_votes}")
+        if self.canaries and self.num_votes == 0:
+            raise ValueError(f"canaries={self.canaries} need votes, but num_votes is 0")
+        if self.min_canaries and not self.canaries:
+            raise ValueError(f"min_canaries={self.min_canaries:g} needs canaries, but canaries is 0")
         missing = {
             "openai": [name for name in ("url", "model") if getattr(self.openai, name) is None],
             "transformers": ["path"] if self.transformers.path is None else [],
@@ -309,8 +313,6 @@ class TrainConfig(_Section):
                 f"method={self.method} with process_weight {rule.process_weight:g} needs votes, but judge.num_votes is "
                 "0: set judge.num_votes to 1 or more, or choose an outcome-only method (grpo, dr_grpo, rloo, opo)"
             )
-        if self.judge.canaries and (rule.process_weight == 0 or self.judge.num_votes == 0):
-            raise ValueError(f"judge.canaries={self.judge.canaries}, but method={self.method} does not ask the judge")
         if rule.vote == "majority" and rule.process_weight > 0 and self.judge.num_votes == 2:
             raise ValueError(
                 "judge.num_votes=2 with credit.vote=majority is the same as union (a tie flags); "
