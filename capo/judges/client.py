@@ -1,4 +1,4 @@
-"""HTTP for judges: one pooled client, deadlines, bounded retries, bodies read up to a limit, no redirects.
+"""HTTP for judges: connections that are kept, deadlines, bounded retries, bodies read up to a limit, no redirects.
 
 httpx2 and not the openai package: deadline, size and redirects can be decided for each attempt while its body arrives, and
 nothing is retried behind our back. The key lives in one dict of headers and nowhere else.
