@@ -43,12 +43,13 @@ void read_votes(const py::list& said, const py::list& nonces, Address cu_said, A
                 int64_t max_reply, Address votes, int64_t num_votes, Address states) {
   const int64_t* const firsts = pointer<const int64_t>(cu_said);
   const int64_t* const steps = pointer<const int64_t>(cu_steps);
+  Said found;
   for (int64_t i = 0; i < num_responses; ++i) {
     const int64_t num_steps = steps[i + 1] - steps[i];
     for (int64_t place = firsts[i]; place < firsts[i + 1]; ++place) {
       const py::handle reply = PyList_GET_ITEM(said.ptr(), place);
       const py::handle nonce = PyList_GET_ITEM(nonces.ptr(), place);
-      Said found;
+      found.flagged.clear();
       Reason reason = Reason::kNone;
       if (PyUnicode_Check(reply.ptr()))
         reason = read_reply(reply, nonce, max_reply, num_steps, found);

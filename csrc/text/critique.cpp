@@ -265,7 +265,8 @@ Reason read_reply(string_view reply, string_view nonce, int64_t max_reply, int64
     if (verdicts == kNoVerdict) return Reason::kNoAnswer;
     if (verdicts == kNo) return Reason::kNoList;
   }
-  if (verdicts == kYes || verdicts == kNo) said.verdict = verdicts == kYes;
+  said.verdict = verdicts == kYes || verdicts == kNo ? std::optional(verdicts == kYes) : std::nullopt;
+  said.flagged.clear();
   // In order, so that overlapping ranges cost no more than the steps they cover.
   std::sort(spans.begin(), spans.end());
   int64_t next = 0;
