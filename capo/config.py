@@ -146,6 +146,18 @@ class JudgeConfig(_Section):
         default="scripted", description="scripted: an exact checker with noise; openai; transformers; vllm"
     )
     num_votes: int = Field(default=5, ge=0, le=127, description="K, critiques per response; 0: the judge is not asked")
+    quorum: int = Field(
+        default=1, ge=1, le=127, description="valid critiques that a response needs for any of its votes to count"
+    )
+    canaries: int = Field(
+        default=0, ge=0, le=65536, description="responses with known wrong steps that are judged in each update"
+    )
+    min_canaries: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="stop if a smaller share of an update's canaries, without or with a wrong step, is judged right",
+    )
     adaptive: bool = Field(default=True, description="leave out votes that can change no advantage")
     trust: Literal["list", "verdict"] = Field(default="list", description="what counts if a list follows a Yes")
     temperature: float = Field(default=1.0, ge=0, le=100, description="of the judge's sampling")
@@ -166,6 +178,12 @@ class JudgeConfig(_Section):
     def _fits(self) -> JudgeConfig:
         if self.invalid + self.failed > 1:
             raise ValueError(f"invalid={self.invalid} and failed={self.failed} add up to more than 1")
+        if self.quorum > max(1, self.num_votes):
+            raise ValueError(f"quorum={self.quorum} can never be reached with num_votes={self.num_votes}")
+        if self.canaries and self.num_votes == 0:
+            raise ValueError(f"canaries={self.canaries} need votes, but num_votes is 0")
+        if self.min_canaries and not self.canaries:
+            raise ValueError(f"min_canaries={self.min_canaries:g} needs canaries, but canaries is 0")
         missing = {
             "openai": [name for name in ("url", "model") if getattr(self.openai, name) is None],
             "transformers": ["path"] if self.transformers.path is None else [],

@@ -209,7 +209,16 @@ def parse(
         ValueError: ``num_steps``, ``nonce`` or ``trust`` is not as above.
     """
     suffix = _suffix(nonce)
-    answer = _answer(text, num_steps, trust)
+    _check(text, num_steps, trust)
+    if _native is not None and trust == "list":
+        found = _native.parse_reply(text, nonce, MAX_REPLY, num_steps)
+        if found is not None:
+            return Critique(*found)
+    return _parse_reference(text, num_steps, suffix, trust)  # which also says why a reply does not count
+
+
+def _parse_reference(text: str, num_steps: int, suffix: str, trust: str) -> Critique:
+    answer = _answer(text)
     block, unclosed = _last_block(answer, suffix)
     verdicts = {match["verdict"] for match in _JUDGMENT_LINE.finditer(answer)}
     verdict = verdicts == {"Yes"} if len(verdicts) == 1 else None
@@ -244,8 +253,9 @@ def parse_json(text: str, num_steps: int, nonce: str | None, *, trust: Literal["
     """
     if nonce is None:
         raise ValueError("parse_json: needs a nonce")
-    _suffix(nonce)
-    answer = _answer(text, num_steps, trust)
+    check_nonce(nonce)
+    _check(text, num_steps, trust)
+    answer = _answer(text)
     begin, end = answer.find("{"), answer.rfind("}")
     if begin < 0:
         raise CritiqueError(Reason.NO_ANSWER, f"no JSON object in {answer.strip()!r:.60}")
@@ -282,14 +292,17 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _answer(text: str, num_steps: int, trust: str) -> str:
-    """The part of a reply that is read, once the arguments and the length have been checked."""
+def _check(text: str, num_steps: int, trust: str) -> None:
     if num_steps < 0:
         raise ValueError(f"parse: num_steps must be at least 0, got {num_steps}")
     if trust not in ("list", "verdict"):
         raise ValueError(f"parse: trust must be 'list' or 'verdict', got {trust!r}")
     if len(text) > MAX_REPLY:
         raise CritiqueError(Reason.TOO_LONG, f"{len(text)} characters, at most {MAX_REPLY} are read")
+
+
+def _answer(text: str) -> str:
+    """The part of a reply that is read."""
     answer = _without_reasoning(text).lstrip("\ufeff")
     if not answer.strip():
         raise CritiqueError(Reason.EMPTY_REPLY, "nothing outside reasoning blocks" if text else "empty text")
@@ -379,17 +392,22 @@ def check_nonce(nonce: str) -> None:
 
 
 def vote_table(
-    critiques: Sequence[Sequence[Critique | None]], num_steps: Sequence[int], num_votes: int | None = None
+    critiques: Sequence[Sequence[Critique | None]],
+    num_steps: Sequence[int],
+    num_votes: int | None = None,
+    quorum: int = 1,
 ) -> Tensor:
     """The votes of all critiques on all steps: 1 flagged, 0 clear, -1 abstained.
 
     Column k of a response's rows is its k-th critique; an invalid critique, and one that is missing because a response
-    has fewer than the others, abstains on every step.
+    has fewer than the others, abstains on every step. So do all critiques of a response that has fewer valid ones than the
+    quorum.
 
     Args:
         critiques: per response, its critiques in any order, None for an invalid or failed one.
         num_steps: [B] number of steps per response.
         num_votes: K; None takes the longest of the lists.
+        quorum: valid critiques that a response needs for any of its votes to count.
 
     Returns:
         int8 [M, K], M = sum of ``num_steps``, on the CPU.
@@ -407,6 +425,8 @@ def vote_table(
     for response, (votes, steps) in enumerate(zip(critiques, num_steps, strict=True)):
         if len(votes) > columns:
             raise ValueError(f"vote_table: response {response} has {len(votes)} critiques, more than {columns}")
+        if sum(critique is not None for critique in votes) < quorum:
+            votes = [None] * len(votes)
         heard.append([critique is not None for critique in votes] + [False] * (columns - len(votes)))
         for column, critique in enumerate(votes):
             for index in critique.flagged if critique is not None else ():
@@ -475,7 +495,8 @@ def _read_votes_reference(
             flagged = said[place]
             if isinstance(flagged, str):
                 try:
-                    flagged = list(parse(flagged, len(own), nonces[place]).flagged)
+                    _check(flagged, len(own), "list")
+                    flagged = list(_parse_reference(flagged, len(own), _suffix(nonces[place]), "list").flagged)
                 except CritiqueError as error:
                     states[place] = 1 + REASONS.index(error.reason)
                     continue

@@ -45,7 +45,7 @@ def outcome_metrics(outcomes: Tensor, groups: Tensor) -> dict[str, Any]:
     }
 
 
-def judge_metrics(credit: Credit, votes: Votes) -> dict[str, Any]:
+def judge_metrics(credit: Credit, votes: Votes, quorum: int = 1) -> dict[str, Any]:
     """How the judge behaves: flag rates by outcome, agreement, faults, cost. Empty if it was not asked.
 
     Flag rates and agreement are over the votes that were asked for; where votes were left out (`capo.judges.voting`) those
@@ -64,7 +64,9 @@ def judge_metrics(credit: Credit, votes: Votes) -> dict[str, Any]:
         0, responses.repeat_interleave(credit.steps.cu_steps.diff()), flagged.long()
     )
     num_steps = credit.steps.cu_steps.diff()
-    heard = torch.tensor([any(reply.state == "valid" for reply in row) for row in votes.replies]).to(flagged.device)
+    num_valid = torch.tensor([sum(reply.state == "valid" for reply in row) for row in votes.replies])
+    heard = (num_valid >= quorum).to(flagged.device)
+    judged = torch.tensor([bool(row) for row in votes.replies]).to(flagged.device)
     return {
         "capo/flag_rate/right": critique.agreement(credit.votes[outcomes > 0]).flag_rate,
         "capo/flag_rate/wrong": critique.agreement(credit.votes[outcomes == 0]).flag_rate,
@@ -73,6 +75,7 @@ def judge_metrics(credit: Credit, votes: Votes) -> dict[str, Any]:
         "capo/critiques/valid": states.count("valid"),
         "capo/critiques/invalid": states.count("invalid"),
         "capo/critiques/failed": states.count("failed"),
+        "capo/critiques/no_quorum": int((judged & ~heard).sum()),  # responses
         "capo/critiques/duplicates": sum(
             critique.count_duplicates(reply.text for reply in row) for row in votes.replies
         ),
@@ -116,6 +119,10 @@ def alarms(metrics: Mapping[str, Any]) -> dict[str, str]:
     look("capo/flag_rate/wrong", value("capo/flag_rate/wrong") < 0.01, "hardly a step of wrong responses is flagged")
     look("capo/flag_rate/right", value("capo/flag_rate/right") > 0.5, "most steps of right responses are flagged")
     look("capo/vote_kappa", value("capo/vote_kappa") < 0.1, "votes agree hardly more than by chance")
+    look("capo/canaries/right", value("capo/canaries/right") < 0.5, "most right canaries have a flagged step")
+    look(
+        "capo/canaries/wrong", value("capo/canaries/wrong") < 0.5, "the planted error is missed in most wrong canaries"
+    )
     look("capo/marked_responses", value("capo/marked_responses") > 0.01, "responses hold markers of the judge's prompt")
     look(
         "capo/single_step_responses",

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from capo.data import DELIMITER, ArithmeticTask, Problem
 from capo.errors import UsageError, VerifierError
 from capo.evaluate import accuracy, plot_curves, response_texts
 from capo.judges import JudgeError, JudgeRequest
+from capo.judges.canaries import ask_canaries, make_canaries
 from capo.judges.make import closing, make_judge
 from capo.judges.voting import Votes, collect
 from capo.learn import Batch, learn, response_logprobs
@@ -150,10 +152,8 @@ class _Run:
         config = self.config.judge
         if config.kind == "scripted" or config.num_votes == 0 or self.config.credit_rule().process_weight == 0:
             return
-        problem = self.held_out[0]
-        steps = tuple(problem.solution.split(DELIMITER))
         try:
-            ((reply,),) = self.judge.critique([JudgeRequest(problem.question, problem.solution, steps)], 1)
+            ((reply,),) = self.judge.critique([_solved(self.held_out[0])], 1)
         except JudgeError as error:
             raise UsageError(f"judge.kind={config.kind}: {error}") from None
         if reply.state == "failed":
@@ -292,6 +292,7 @@ class _Run:
         size = config.prompts // config.rollout.chunks
         # What is sampled is judged while more is sampled. Seeds depend on the chunk, not on who is quicker.
         with ThreadPoolExecutor(1, thread_name_prefix="capo assess") as assessor:
+            canaries = assessor.submit(self._ask_canaries, update)
             for chunk in range(config.rollout.chunks):
                 asked = problems[chunk * size :][:size]
                 seed = stream(config.seeds.rl, "sample", update, *([chunk] if chunk else []))
@@ -300,6 +301,7 @@ class _Run:
                 # In a copy of the context: the choice of a backend holds there, too.
                 pending.append(assessor.submit(contextvars.copy_context().run, self._assess, part, asked))
             sampled = time.perf_counter()
+            known = canaries.result()
             assessed = [future.result() for future in pending]
         judged = time.perf_counter()
         rollouts = Rollouts.concat(parts, [size] * len(parts))
@@ -312,6 +314,7 @@ class _Run:
             [[reply.critique for reply in row] for row in votes.replies],
             [len(request.steps) for request in requests],
             config.judge.num_votes,
+            config.judge.quorum,
         )
 
         credit = Credit(
@@ -335,7 +338,8 @@ class _Run:
                 self.samples.write(row)
         metrics = {
             **outcome_metrics(outcomes, rollouts.prompt_index),
-            **judge_metrics(credit, votes),
+            **judge_metrics(credit, votes, config.judge.quorum),
+            **known,
             **response_metrics(credit, requests),
             **verifier_metrics(self.verifier, *verified),
             "entropy": entropy.mean().item(),
@@ -369,8 +373,19 @@ class _Run:
             outcomes.tolist(),
             rollouts.prompt_index.tolist(),
             adaptive=config.judge.adaptive,
+            quorum=config.judge.quorum,
         )
         return Assessment(outcomes, requests, votes, time.perf_counter() - began)
+
+    def _ask_canaries(self, update: int) -> dict[str, float | None]:
+        """Have responses judged whose wrong steps are known. Returns the metrics."""
+        config, seed = self.config.judge, stream(self.config.seeds.rl, "canaries", update)
+        if not config.canaries:
+            return {}
+        problems = self.task.problems(config.canaries, torch.Generator().manual_seed(seed))
+        canaries = make_canaries([_solved(problem) for problem in problems], self.task.check, Random(seed))
+        vote = self.config.credit_rule().vote
+        return ask_canaries(self.judge, canaries, config.num_votes, vote, config.quorum, config.min_canaries)
 
     def _check_outcomes(self, outcomes: Tensor, before: Counter[str]) -> None:
         undecided, total, limit = int(outcomes.isnan().sum()), len(outcomes), self.config.max_undecided
@@ -389,6 +404,11 @@ class _Run:
                 f"log-probabilities of sampler and trainer differ by {mean:.3g} in the mean, more than "
                 f"rollout.max_mismatch={limit:g}: the engine {self.config.rollout.engine} does not sample from the policy"
             )
+
+
+def _solved(problem: Problem) -> JudgeRequest:
+    """The reference solution as a response to judge."""
+    return JudgeRequest(problem.question, problem.solution, tuple(problem.solution.split(DELIMITER)))
 
 
 def build_engine(model: Any, task: ArithmeticTask, config: TrainConfig) -> Engine:

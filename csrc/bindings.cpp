@@ -23,27 +23,46 @@ std::string_view utf8(const py::handle text, py::object& owner) {
   return {PyBytes_AS_STRING(owner.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(owner.ptr()))};
 }
 
+Reason read_reply(py::handle reply, py::handle nonce, int64_t max_reply, int64_t num_steps, Said& said) {
+  py::object owner, nonce_owner;
+  const std::string_view plain_or_nonce = nonce.is_none() ? std::string_view() : utf8(nonce, nonce_owner);
+  return read_reply(utf8(reply, owner), plain_or_nonce, max_reply, num_steps, said);
+}
+
+// Verdict and flagged steps; None if the reply does not count.
+py::object parse_reply(const py::str& reply, const py::object& nonce, int64_t max_reply, int64_t num_steps) {
+  Said said;
+  if (read_reply(reply, nonce, max_reply, num_steps, said) != Reason::kNone) return py::none();
+  py::tuple flagged(said.flagged.size());
+  for (size_t i = 0; i < said.flagged.size(); ++i) flagged[i] = said.flagged[i];
+  const py::object verdict = said.verdict ? py::object(py::bool_(*said.verdict)) : py::none();
+  return py::make_tuple(verdict, flagged);
+}
+
 void read_votes(const py::list& said, const py::list& nonces, Address cu_said, Address cu_steps, int64_t num_responses,
                 int64_t max_reply, Address votes, int64_t num_votes, Address states) {
   const int64_t* const firsts = pointer<const int64_t>(cu_said);
   const int64_t* const steps = pointer<const int64_t>(cu_steps);
+  Said found;
   for (int64_t i = 0; i < num_responses; ++i) {
     const int64_t num_steps = steps[i + 1] - steps[i];
     for (int64_t place = firsts[i]; place < firsts[i + 1]; ++place) {
-      int8_t* const column = pointer<int8_t>(votes) + steps[i] * num_votes + (place - firsts[i]);
       const py::handle reply = PyList_GET_ITEM(said.ptr(), place);
       const py::handle nonce = PyList_GET_ITEM(nonces.ptr(), place);
-      if (PyUnicode_Check(reply.ptr())) {
-        py::object owner, nonce_owner;
-        const std::string_view suffix = nonce.is_none() ? std::string_view() : utf8(nonce, nonce_owner);
-        const Reason reason = read_reply(utf8(reply, owner), suffix, max_reply, num_steps, column, num_votes);
-        pointer<uint8_t>(states)[place] = static_cast<uint8_t>(reason);
-      } else if (PyList_Check(reply.ptr())) {
-        pointer<uint8_t>(states)[place] = 0;
-        for (int64_t step = 0; step < num_steps; ++step) column[step * num_votes] = 0;
+      found.flagged.clear();
+      Reason reason = Reason::kNone;
+      if (PyUnicode_Check(reply.ptr()))
+        reason = read_reply(reply, nonce, max_reply, num_steps, found);
+      else if (PyList_Check(reply.ptr()))
         for (const py::handle step : py::reinterpret_borrow<py::list>(reply))
-          column[PyLong_AsLongLong(step.ptr()) * num_votes] = 1;
-      }
+          found.flagged.push_back(PyLong_AsLongLong(step.ptr()));
+      else
+        continue;
+      pointer<uint8_t>(states)[place] = static_cast<uint8_t>(reason);
+      if (reason != Reason::kNone) continue;
+      int8_t* const column = pointer<int8_t>(votes) + steps[i] * num_votes + (place - firsts[i]);
+      for (int64_t step = 0; step < num_steps; ++step) column[step * num_votes] = 0;
+      for (const int64_t step : found.flagged) column[step * num_votes] = 1;
     }
   }
 }
@@ -118,6 +137,8 @@ void bind_text(py::module_& m) {
   m.def("read_votes", &read_votes, py::arg("said"), py::arg("nonces"), py::arg("cu_said"), py::arg("cu_steps"),
         py::arg("num_responses"), py::arg("max_reply"), py::arg("votes"), py::arg("num_votes"), py::arg("states"),
         "Replies and lists of flagged steps -> votes and states; the lists must fit.");
+  m.def("parse_reply", &parse_reply, py::arg("reply"), py::arg("nonce"), py::arg("max_reply"), py::arg("num_steps"),
+        "A reply -> verdict and flagged steps; None if it does not count.");
   m.def("pack_ids", &pack_ids, py::arg("ids"), py::arg("limit"), "A list of token ids -> int32 bytes.");
   m.def(
       "token_flags",

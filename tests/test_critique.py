@@ -36,11 +36,25 @@ NONCES = pytest.mark.parametrize("nonce", [None, NONCE], ids=["plain", "nonce"])
 
 
 def parse(text, num_steps, nonce=None, **options):
-    """`capo.critique.parse`, where `read_votes` was seen to read the same."""
+    """`capo.critique.parse`, where its definition in Python and `read_votes` were seen to read the same."""
+    found = attempt(module.parse, text, num_steps, nonce, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_native", None)
+        assert repr(attempt(module.parse, text, num_steps, nonce, **options)) == repr(found)
     is_nonce = nonce is None or re.fullmatch("[0-9A-Za-z]{4,64}", nonce)
     if options in ({}, {"trust": "list"}) and num_steps >= 0 and is_nonce:
         check_read_votes([text], [nonce], [1], [num_steps])
-    return module.parse(text, num_steps, nonce, **options)
+    if isinstance(found, CritiqueError):
+        raise found
+    return found
+
+
+def attempt(function, *arguments, **options):
+    """The result, or what was raised."""
+    try:
+        return function(*arguments, **options)
+    except CritiqueError as error:
+        return error
 
 
 def check_read_votes(said, nonces, counts, num_steps):
@@ -226,6 +240,12 @@ def test_neutralising_twice_changes_nothing_more(text):
     once = neutralise(text)
     assert neutralise(once) == once
     once.encode()
+
+
+@unhurried
+@given(attacks | st.text("<[jJ:judgment "))
+def test_text_is_escaped_alike_beside_a_character_that_is_not_ascii(text):
+    assert neutralise(f"漢;{text}") == f"漢;{neutralise(text)}"
 
 
 @unhurried
@@ -778,6 +798,14 @@ def test_vote_table():
     table = vote_table([[a, none, b], [], [b, Critique(False, (1,))]], [3, 1, 2])
     assert table.dtype == torch.int8
     assert table.tolist() == [[1, -1, 0], [0, -1, 0], [1, -1, 0], [-1, -1, -1], [0, 0, -1], [0, 1, -1]]
+
+
+def test_votes_below_the_quorum_abstain():
+    a, b, none = Critique(False, (0,)), Critique(True, ()), None
+    lists, steps = [[a, none, b], [none, a, none], [none] * 3, []], [2, 1, 1, 1]
+    assert vote_table(lists, steps, 3, quorum=2).tolist() == [[1, -1, 0], [0, -1, 0], *[[-1] * 3] * 3]
+    assert vote_table(lists, steps, 3, quorum=1).tolist()[2] == [-1, 1, -1]
+    assert vote_table(lists, steps, 3, quorum=3).unique().tolist() == [-1]
 
 
 def test_vote_table_shapes():

@@ -358,6 +358,28 @@ def test_no_more_requests_in_flight_than_allowed():
         assert server.connections <= 5, "connections are kept between calls"
 
 
+def test_calls_at_the_same_time_share_the_connections():
+    limits = dataclasses.replace(QUICK, concurrency=3, attempt_timeout=10)
+    with FakeServer(delay=0.01) as server, judge_of(server, limits=limits) as judge:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            batches = [[make_request(10 * i + n) for n in range(10)] for i in range(4)]
+            for batch, votes in zip(batches, pool.map(lambda batch: judge.critique(batch, 1), batches), strict=True):
+                assert [reply.critique.flagged for [reply] in votes] == [truth(request) for request in batch]
+        assert server.most_in_flight == 3 and server.connections <= 3
+
+
+@pytest.mark.parametrize("kind", ["reset", "reset_body", "stall", "drip", "endless", "gzip", "500"])
+def test_a_connection_that_failed_makes_room_for_the_next(kind):
+    failing = [kind] * 6
+    limits = dataclasses.replace(QUICK, concurrency=2, attempt_timeout=0.2, retries=0, max_body=1 << 20)
+    with (
+        FakeServer(lambda *_: failing.pop() if failing else "healthy") as server,
+        judge_of(server, limits=limits) as judge,
+    ):
+        states = [votes[0].state for votes in judge.critique([make_request(n) for n in range(20)], 1)]
+        assert (states.count("failed"), states.count("valid")) == (6, 14)
+
+
 def test_too_many_failures_stop_the_run_with_the_reasons():
     def behave(body, headers):
         return "500" if int(str(body["messages"]).split("question ")[1].split("\\")[0]) >= 40 else "healthy"

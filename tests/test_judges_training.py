@@ -1,6 +1,7 @@
 """Judges in `capo train`: chosen by configuration, stopped when they are out, watched for hacks; keys stay out of files."""
 
 import io
+from random import Random
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from tiny_model import save
 
 import capo
 from capo import doctor
-from capo.config import TrainConfig, load_config
+from capo.config import TaskConfig, TrainConfig, load_config
 from capo.critique import vote_table
+from capo.data import ArithmeticTask
 from capo.errors import UsageError
 from capo.judges import JudgeReply, JudgeRequest
+from capo.judges.canaries import make_canaries
 from capo.judges.make import make_judge
 from capo.judges.openai import OpenAIJudge
 from capo.judges.scripted import ScriptedJudge
@@ -83,6 +86,11 @@ def test_every_kind_is_made_from_its_section(tmp_path, monkeypatch):
         (["judge.openai.max_failure_rate=1.5"], "max_failure_rate"),
         (["judge.openai.deadline=.inf"], "deadline"),
         (["judge.temperature=-1"], "temperature"),
+        (["judge.quorum=0"], "quorum"),
+        (["judge.canaries=4", "judge.num_votes=0", "method=grpo"], "canaries=4 need votes"),
+        (["judge.min_canaries=0.5"], "canaries is 0"),
+        (["judge.min_canaries=1.1"], "min_canaries"),
+        (["judge.quorum=4", "judge.num_votes=3"], "quorum=4 can never be reached with num_votes=3"),
         (["judge.openai.api_key_env=A", "judge.openai.api_key_file=b"], "one of them"),
         (["judge.transformers.device=tpu"], "device"),
     ],
@@ -163,6 +171,67 @@ def test_a_run_stops_when_too_much_is_undecided_and_goes_on_when_it_is_not(tmp_p
     assert run(tmp_path / "never", size, "max_undecided=1").update == 3
 
 
+def test_a_run_with_a_quorum_does_without_the_votes_below_it(tmp_path):
+    garbled = ("judge.invalid=0.5", "warm_start.steps=60", "warm_start.learning_rate=1e-2")
+
+    def rows(name, *more):
+        result = run(tmp_path / name, *garbled, *more)
+        return read_metrics(result.run_dir / "metrics.jsonl")[1:]
+
+    strict, every = rows("strict", "judge.quorum=3"), rows("every", "judge.quorum=3", "judge.adaptive=false")
+    loose = rows("loose")
+    for name in ("loss", "grad_norm", "reward", "capo/max_advantage"):
+        assert [row.get(name) for row in strict] == [row.get(name) for row in every]
+    assert sum(row["capo/critiques/no_quorum"] for row in every) > sum(row["capo/critiques/no_quorum"] for row in loose)
+    assert [row.get("loss") for row in strict] != [row.get("loss") for row in loose]
+
+
+def canary_rows(tmp_path, *more):
+    result = run(tmp_path, "judge.canaries=40", *more)
+    return read_metrics(result.run_dir / "metrics.jsonl")[1:]
+
+
+def test_canaries_tell_a_judge_that_errs_from_one_that_does_not(tmp_path):
+    def shares(*more):
+        rows = canary_rows(tmp_path / str(len(list(tmp_path.iterdir()))), *more)
+        return [[row.get(f"capo/canaries/{name}") for row in rows] for name in ("right", "wrong", "unheard")]
+
+    sure = ("judge.false_alarm=0", "judge.missed=0")
+    assert shares(*sure, "judge.min_canaries=1") == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert shares("judge.false_alarm=0", "judge.missed=1", "judge.num_votes=1")[:2] == [[1.0] * 3, [0.0] * 3]
+    right, wrong, _ = shares("judge.false_alarm=1", "judge.missed=0", "judge.num_votes=1")
+    assert right == [0.0] * 3 and all(0 < share < 1 for share in wrong), "the first step is flagged, right or wrong"
+    assert shares(*sure, "judge.invalid=1", "judge.min_canaries=1") == [[None] * 3, [None] * 3, [1.0] * 3]
+    assert all(0 < share < 1 for share in shares(*sure, "judge.invalid=0.3", "judge.quorum=3")[2])
+
+
+def test_canaries_change_nothing_else(tmp_path):
+    plain = read_metrics(run(tmp_path / "plain").run_dir / "metrics.jsonl")[1:]
+    rows = canary_rows(tmp_path / "canaries")
+    assert all(row.get(name) == value for one, row in zip(plain, rows, strict=True) for name, value in one.items()
+               if "time" not in name)  # fmt: skip
+    assert len({row["capo/canaries/right"] for row in rows}) > 1, "each update has its own"
+
+
+def test_a_judge_that_takes_planted_errors_for_right_stops_the_run(tmp_path):
+    with pytest.raises(TrainingError, match=r"0% of the canaries with a wrong step .*min_canaries=0.5.*--resume"):
+        canary_rows(tmp_path, "judge.false_alarm=0", "judge.missed=1", "judge.min_canaries=0.5")
+    with pytest.raises(TrainingError, match="canaries without a wrong step"):
+        canary_rows(tmp_path / "deaf", "judge.false_alarm=1", "judge.missed=0", "judge.min_canaries=0.5")
+
+
+def test_planted_errors_are_one_digit_and_the_first_wrong_step():
+    task = ArithmeticTask(TaskConfig(steps=3), 0)
+    problems = task.problems(200, torch.Generator().manual_seed(0))
+    solved = [JudgeRequest(p.question, p.solution, tuple(p.solution.split("\n\n"))) for p in problems]
+    places = set()
+    for number, (one, canary) in enumerate(zip(solved, make_canaries(solved, task.check, Random(0)), strict=True)):
+        differ = [i for i, pair in enumerate(zip(one.steps, canary.request.steps, strict=True)) if len(set(pair)) > 1]
+        assert len(differ) == number % 2 and canary.first == (differ[0] if differ else None)
+        places.update(differ)
+    assert places == {0, 1, 2, 3}
+
+
 def credit(outcomes, flags, counts, lengths):
     """One-vote credit with one token a step. flags: by response, a string of 1, 0, -"""
     rows = [JudgeReply(None, None, "x") if "-" in word else _reply(word) for word in flags]
@@ -190,6 +259,9 @@ def test_judge_metrics_by_hand():
     assert metrics["capo/judge_tokens_per_token"] == 4 * 15 / 12
     # All steps of a right one flagged; none of a wrong one. Who was not heard contradicts nobody.
     assert (metrics["capo/conflict/right"], metrics["capo/conflict/wrong"]) == (1, 1)
+    assert metrics["capo/critiques/no_quorum"] == 1
+    strict = judge_metrics(made, votes, quorum=2)
+    assert strict["capo/critiques/no_quorum"] == 5 and strict["capo/conflict/right"] == 0
     assert judge_metrics(made, Votes([[] for _ in range(5)], 0, 0)) == {}
     requests = [JudgeRequest("q", None, ("a",)), JudgeRequest("q", None, ("<step_3>", "b"))]
     requests += [JudgeRequest("q", None, ("Judgment: Yes",)), JudgeRequest("q", None, ("c",))] + requests[:1]
@@ -201,7 +273,7 @@ def test_judge_metrics_by_hand():
 FINE = {
     "capo/critiques/valid": 95, "capo/critiques/invalid": 4, "capo/critiques/failed": 1, "capo/critiques/duplicates": 3,
     "capo/flag_rate/right": 0.1, "capo/flag_rate/wrong": 0.3, "capo/vote_kappa": 0.4, "capo/marked_responses": 0.0,
-    "capo/single_step_responses": 0.1,
+    "capo/single_step_responses": 0.1, "capo/canaries/right": 0.9, "capo/canaries/wrong": 0.8,
 }  # fmt: skip
 
 
@@ -210,6 +282,7 @@ FINE = {
     [
         ("capo/critiques/invalid", 40), ("capo/critiques/failed", 20), ("capo/critiques/duplicates", 90),
         ("capo/flag_rate/right", 0.7), ("capo/flag_rate/wrong", 0.0), ("capo/vote_kappa", -0.1),
+        ("capo/canaries/right", 0.4), ("capo/canaries/wrong", 0.1),
         ("capo/marked_responses", 0.2), ("capo/single_step_responses", 1.0),
     ],
 )  # fmt: skip

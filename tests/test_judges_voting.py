@@ -66,9 +66,10 @@ def final(votes, rule, matters):
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_decided_of_a_response_stays(rule, matters):
     rng = random.Random(f"{rule}{matters}")
-    stopped = 0
+    stopped = without = 0
     for _ in range(300):
         num_steps, num_votes = rng.randrange(4), rng.randrange(1, 8)
+        quorum = rng.choice([1, rng.randrange(1, num_votes + 1)])
         noise = rng.choice([0.05, 0.3, 0.5])
         true = [rng.random() < 0.4 for _ in range(num_steps)]
 
@@ -79,13 +80,28 @@ def test_what_is_decided_of_a_response_stays(rule, matters):
 
         critiques = [draw() for _ in range(num_votes)]
         asked = 0
-        while more := response_votes_missing(critiques[:asked], num_steps, num_votes - asked, rule, matters):
+        while more := response_votes_missing(critiques[:asked], num_steps, num_votes - asked, rule, matters, quorum):
             asked += more
         stopped += asked < num_votes
-        table = critique.vote_table([critiques], [num_steps], num_votes).tolist()
-        partial = critique.vote_table([critiques[:asked]], [num_steps], num_votes).tolist()
+        table = critique.vote_table([critiques], [num_steps], num_votes, quorum).tolist()
+        partial = critique.vote_table([critiques[:asked]], [num_steps], num_votes, quorum).tolist()
         assert final(table, rule, matters) == final(partial, rule, matters)
-    assert stopped > 20
+        if num_steps and sum(each is not None for each in critiques) < quorum:
+            without += 1
+            assert {vote for row in partial for vote in row} == {-1}
+    assert stopped > 20 and without > 5
+
+
+def test_a_response_is_asked_about_until_it_has_its_quorum_or_can_have_none():
+    clear, lost = Critique(True, ()), None
+    missing = lambda critiques, quorum: response_votes_missing(
+        critiques, 2, 8 - len(critiques), "majority", quorum=quorum
+    )
+    assert missing([clear] * 5, 5) == 0, "decided, with a quorum"
+    assert missing([clear] * 5, 7) == 2, "decided, without"
+    assert missing([lost] * 2 + [clear], 7) == 0, "six valid ones at most"
+    assert missing([lost] + [clear], 7) == 6
+    assert response_votes_missing([], 0, 8, "majority", quorum=8) == 0, "nothing to decide"
 
 
 class Counting:
@@ -127,9 +143,9 @@ def batch(rng, num_groups=4, group_size=4, most_steps=5):
     return requests, outcomes, groups, torch.tensor(lengths), capo.Steps(*tensors)
 
 
-def advantages(replies, requests, outcomes, groups, cu_seqlens, steps, rule, num_votes):
+def advantages(replies, requests, outcomes, groups, cu_seqlens, steps, rule, num_votes, quorum=1):
     counts = [len(request.steps) for request in requests]
-    votes = critique.vote_table([[reply.critique for reply in row] for row in replies], counts, num_votes)
+    votes = critique.vote_table([[reply.critique for reply in row] for row in replies], counts, num_votes, quorum)
     return capo.Credit(torch.tensor(outcomes), votes, steps, cu_seqlens, torch.tensor(groups), rule).advantages()
 
 
@@ -146,9 +162,10 @@ def test_advantages_are_those_of_all_votes_bit_for_bit(seed, preset, vote, k):
     judge = Counting(ScriptedJudge(truth, false_alarm=0.2, missed=0.2, invalid=0.15, failed=0.1, seed=seed))
     full = judge.critique(requests, k)
     judge.asked = 0
-    votes = collect(judge, requests, k, rule, outcomes, groups)
+    quorum = rng.choice([1, rng.randint(1, k)])
+    votes = collect(judge, requests, k, rule, outcomes, groups, quorum=quorum)
     assert votes.asked == judge.asked <= votes.full == k * len(requests)
-    rest = (requests, outcomes, groups, cu_seqlens, steps, rule, k)
+    rest = (requests, outcomes, groups, cu_seqlens, steps, rule, k, quorum)
     assert torch.equal(advantages(full, *rest), advantages(votes.replies, *rest))
     for mine, all_of_them in zip(votes.replies, full, strict=True):
         assert [reply.text for reply in mine] == [reply.text for reply in all_of_them[: len(mine)]]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from capo.critique import Critique, CritiqueError, parse, parse_json
 
@@ -32,6 +32,19 @@ class Fault(str, Enum):
     TOO_LONG = "prompt_too_long"  # the prompt does not fit the model
 
 
+class Marks(NamedTuple):
+    """What the content of a request and a seed decide.
+
+    Args:
+        nonce: of its prompt.
+        seed: of sampling its first vote; the votes after it have the numbers after it, as engines have it that number the
+            replies of one call on (vLLM).
+    """
+
+    nonce: str
+    seed: int
+
+
 @dataclass(frozen=True)
 class JudgeRequest:
     """One response to judge.
@@ -54,6 +67,11 @@ class JudgeRequest:
         """
         content = [seed, self.question, self.reference, *self.steps]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def marks(self, seed: int) -> Marks:
+        """Nonce and sampling seed, by `fingerprint`."""
+        digest = self.fingerprint(seed)
+        return Marks(digest[:12], int(digest[12:19], 16))
 
 
 @dataclass(frozen=True)
@@ -139,3 +157,18 @@ class Judge(Protocol):
             JudgeError: no reply can be expected at all, or too few come.
         """
         ...
+
+
+def check_sampling(judge: str, temperature: float, top_p: float, **counts: int) -> None:
+    """Raise ValueError unless the numbers can be sampled with; ``counts`` must be at least 1."""
+    if not 0 <= temperature <= 100 or not 0 < top_p <= 1:
+        raise ValueError(f"{judge}: temperature must be in [0, 100], top_p in (0, 1], got {temperature!r}, {top_p!r}")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{judge}: {name} must be at least 1, got {count!r}")
+
+
+def check_votes(num_votes: int, first: int) -> None:
+    """Raise ValueError unless both are at least 0."""
+    if num_votes < 0 or first < 0:
+        raise ValueError(f"critique: num_votes and first must be at least 0, got {num_votes} and {first}")

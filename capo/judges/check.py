@@ -191,7 +191,8 @@ def check(
     flat = [reply for row in replies for reply in row]
     counts = [len(one.wrong) for one in labelled]
     table = vote_table([[reply.critique for reply in row] for row in replies], counts, num_votes)
-    sizes = sorted({*(k for k in (1, 2, 3, 4, 5, 6, 7, 8) if k <= num_votes), *_doubling(num_votes), num_votes})
+    doubling = (1 << power for power in range(num_votes.bit_length()))
+    sizes = sorted({*range(1, min(num_votes, 8) + 1), *doubling, num_votes})
     return Report(
         qualities=[quality(table[:, :k], rule, labelled) for k in sizes for rule in (RULES if k > 1 else RULES[:1])],
         responses=len(labelled),
@@ -202,10 +203,6 @@ def check(
         tokens=1000 / len(labelled) * sum(reply.prompt_tokens + reply.completion_tokens for reply in flat),
         seconds=1000 / len(labelled) * seconds,
     ), replies
-
-
-def _doubling(limit: int) -> list[int]:
-    return [1 << power for power in range(limit.bit_length())]
 
 
 def quality(votes: Tensor, rule: str, labelled: Sequence[Labelled]) -> Quality:

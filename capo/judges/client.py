@@ -1,4 +1,4 @@
-"""HTTP for judges: one pooled client, deadlines, bounded retries, bodies read up to a limit, no redirects.
+"""HTTP for judges: connections that are kept, deadlines, bounded retries, bodies read up to a limit, no redirects.
 
 httpx2 and not the openai package: deadline, size and redirects can be decided for each attempt while its body arrives, and
 nothing is retried behind our back. The key lives in one dict of headers and nowhere else.
@@ -6,6 +6,7 @@ nothing is retried behind our back. The key lives in one dict of headers and now
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import random
@@ -106,19 +107,23 @@ class Client:
         }
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
-        pool = httpx2.Limits(
-            max_connections=limits.concurrency,
-            max_keepalive_connections=limits.concurrency,
-            keepalive_expiry=KEEPALIVE,
-        )
-        # The pool of an AsyncClient, without what the client does around it: redirects, cookies, log lines.
-        self._pool = httpx2.AsyncHTTPTransport(
-            limits=pool, trust_env=trust_env, proxy=_proxy(self._url) if trust_env else None
-        )
+        # One pool for each connection: what a pool of many does for each request grows with their number.
+        verify, proxy = httpx2.create_ssl_context(trust_env=trust_env), _proxy(self._url) if trust_env else None
+        one = httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE)
+        # And not an AsyncClient, for what that does around it: redirects, cookies, log lines.
+        self._pools = [
+            httpx2.AsyncHTTPTransport(verify, limits=one, proxy=proxy, trust_env=trust_env)
+            for _ in range(limits.concurrency)
+        ]
+        # The one used last comes first: its connection is the likeliest to be open still.
+        self._free: asyncio.LifoQueue[httpx2.AsyncHTTPTransport] = asyncio.LifoQueue()
+        for pool in self._pools:
+            self._free.put_nowait(pool)
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._pool.aclose()
+        for pool in self._pools:
+            await pool.aclose()
 
     async def post(self, body: bytes, name: str, read: Callable[[dict[str, Any]], T]) -> T:
         """Send until there is an answer that can be read, or a limit is reached.
@@ -153,11 +158,15 @@ class Client:
         request = httpx2.Request("POST", self._url, headers=headers, content=body)
         try:
             with anyio.fail_after(timeout):
-                response = await self._pool.handle_async_request(request)
+                pool = await self._free.get()
                 try:
-                    content = await self._content(response)
+                    response = await pool.handle_async_request(request)
+                    try:
+                        content = await self._content(response)
+                    finally:
+                        await response.aclose()
                 finally:
-                    await response.aclose()
+                    self._free.put_nowait(pool)
         except TimeoutError:
             raise CallFailed(Fault.DEADLINE.value, f"no answer in {timeout:.3g} s", again=True) from None
         except (httpx2.TransportError, OSError) as error:

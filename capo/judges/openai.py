@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import anyio
 
 from capo.critique import SCHEMA, render
-from capo.judges import Fault, JudgeError, JudgeReply, JudgeRequest
+from capo.judges import Fault, JudgeError, JudgeReply, JudgeRequest, Marks, check_sampling, check_votes
 from capo.judges.address import Lookup, check_url, read_key
 from capo.judges.cache import ReplyCache
 from capo.judges.client import CallFailed, Client, Limits
@@ -83,11 +83,7 @@ class OpenAIJudge:
         allow_http: bool = False,
         trust_env: bool = False,
     ) -> None:
-        if not 0 <= temperature <= 100 or not 0 < top_p <= 1 or max_tokens < 1 or failure_window < 1:
-            raise ValueError(
-                "OpenAIJudge: temperature must be in [0, 100], top_p in (0, 1], max_tokens and failure_window at least 1, "
-                f"got {temperature!r}, {top_p!r}, {max_tokens!r}, {failure_window!r}"
-            )
+        check_sampling("OpenAIJudge", temperature, top_p, max_tokens=max_tokens, failure_window=failure_window)
         if not 0 <= max_failure_rate <= 1:
             raise ValueError(f"OpenAIJudge: max_failure_rate must be in [0, 1], got {max_failure_rate!r}")
         if reserved := set(extra or ()) & set(_RESERVED):
@@ -121,8 +117,7 @@ class OpenAIJudge:
 
     def critique(self, requests: Sequence[JudgeRequest], num_votes: int, first: int = 0) -> list[list[JudgeReply]]:
         """See `capo.judges.Judge`."""
-        if num_votes < 0 or first < 0:
-            raise ValueError(f"critique: num_votes and first must be at least 0, got {num_votes} and {first}")
+        check_votes(num_votes, first)
         if not requests or not num_votes:
             return [[] for _ in requests]
         with self._lock:
@@ -168,11 +163,11 @@ class OpenAIJudge:
     ) -> None:
         """Append the replies to one request."""
         began = time.perf_counter()
-        fingerprint = request.fingerprint(self.seed)
+        marks = request.marks(self.seed)
         structured = self._structured
         while missing := num_votes - len(replies):
             start = first + len(replies)
-            ask = partial(self._ask, client, request, fingerprint, start, missing)
+            ask = partial(self._ask, client, request, marks, start, missing)
             try:
                 try:
                     answer = await ask(structured)
@@ -185,22 +180,21 @@ class OpenAIJudge:
                         self._structured = False
                         self.counts["downgraded"] += 1
             except CallFailed as error:
-                failure = JudgeReply.failure(error.reason, seconds=time.perf_counter() - began, nonce=fingerprint[:12])
+                failure = JudgeReply.failure(error.reason, seconds=time.perf_counter() - began, nonce=marks.nonce)
                 replies.extend([failure] * missing)
                 return
             seconds = time.perf_counter() - began
-            replies.extend(self._read(answer, len(request.steps), fingerprint[:12], seconds, structured))
+            replies.extend(self._read(answer, len(request.steps), marks.nonce, seconds, structured))
 
     async def _ask(
-        self, client: Client, request: JudgeRequest, fingerprint: str, start: int, count: int, structured: bool
+        self, client: Client, request: JudgeRequest, marks: Marks, start: int, count: int, structured: bool
     ) -> _Answer:
         """At least one and at most ``count`` choices, from the cache or the server."""
-        prompt = render(request.question, request.reference, request.steps, fingerprint[:12], structured=structured)
+        prompt = render(request.question, request.reference, request.steps, marks.nonce, structured=structured)
         body: dict[str, Any] = {
             **self._parameters,
             "messages": [{"role": "user", "content": prompt}],
-            # Servers that seed choice i with seed + i (vLLM) give the same votes however they are asked for.
-            "seed": int(fingerprint[12:19], 16) + start,
+            "seed": marks.seed + start,
         }
         if count > 1:
             body["n"] = count
@@ -209,7 +203,7 @@ class OpenAIJudge:
         key = {"body": body, "first": start, "count": count}
         if self._cache is not None and (kept := _Answer.restore(self._cache.get(key), count)):
             return kept
-        name = f"{fingerprint[:16]}-{start}"
+        name = f"{marks.nonce}-{start}"
         answer = await client.post(json.dumps(body).encode(), name, partial(_read_answer, count=count))
         if self._cache is not None:
             self._cache.put(key, answer)

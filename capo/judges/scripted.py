@@ -57,7 +57,7 @@ class ScriptedJudge:
         if len(wrong) != len(request.steps):
             raise ValueError(f"ScriptedJudge: the checker gave {len(wrong)} labels for {len(request.steps)} steps")
         digest = request.fingerprint(self.seed)
-        nonce = digest[:12]
+        nonce = request.marks(self.seed).nonce
         prompt = render(request.question, request.reference, request.steps, nonce)
         # All votes share the prompt, so it is paid for once.
         lengths = [len(prompt.split())] + [0] * (num_votes - 1)

@@ -11,15 +11,16 @@ from typing import Any, Literal
 import torch
 
 from capo.critique import render
-from capo.judges import Fault, JudgeReply, JudgeRequest
+from capo.judges import Fault, JudgeReply, JudgeRequest, check_sampling, check_votes
 from capo.judges.chat import Chat
 
 
 class TransformersJudge:
     """A `Judge` that generates in batches; the K critiques of a response are K sequences returned for one prompt.
 
-    The prompt is put into the chat as `capo.judges.chat.Chat` says. A reply that reaches ``max_new_tokens`` is invalid, a prompt that leaves no room for one fails. Seeded:
-    equal requests in equal batches give equal replies; PyTorch's own random state is left alone.
+    The prompt is put into the chat as `capo.judges.chat.Chat` says. A reply that reaches ``max_new_tokens`` is invalid, a
+    prompt that leaves no room for one fails. Seeded: equal requests in equal batches give equal replies; PyTorch's own
+    random state is left alone.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
@@ -50,11 +51,7 @@ class TransformersJudge:
         structured: bool = False,
         template: dict[str, Any] | None = None,
     ) -> None:
-        if not 0 <= temperature <= 100 or not 0 < top_p <= 1 or max_new_tokens < 1 or batch < 1:
-            raise ValueError(
-                "TransformersJudge: temperature must be in [0, 100], top_p in (0, 1], max_new_tokens and batch at least 1, "
-                f"got {temperature!r}, {top_p!r}, {max_new_tokens!r}, {batch!r}"
-            )
+        check_sampling("TransformersJudge", temperature, top_p, max_new_tokens=max_new_tokens, batch=batch)
         self.model, self.tokenizer = model, tokenizer
         self._sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
         if temperature > 0:
@@ -89,8 +86,7 @@ class TransformersJudge:
 
     def critique(self, requests: Sequence[JudgeRequest], num_votes: int, first: int = 0) -> list[list[JudgeReply]]:
         """See `capo.judges.Judge`."""
-        if num_votes < 0 or first < 0:
-            raise ValueError(f"critique: num_votes and first must be at least 0, got {num_votes} and {first}")
+        check_votes(num_votes, first)
         replies: list[list[JudgeReply]] = [[] for _ in requests]
         if not num_votes:
             return replies
@@ -109,7 +105,7 @@ class TransformersJudge:
         return replies
 
     def _prompt(self, request: JudgeRequest) -> list[int]:
-        nonce = request.fingerprint(self._seed)[:12]
+        nonce = request.marks(self._seed).nonce
         text = render(request.question, request.reference, request.steps, nonce, structured=self._structured)
         return self._chat.ids(text)
 
@@ -149,7 +145,7 @@ class TransformersJudge:
         return JudgeReply.read(
             self.tokenizer.decode(row[:length], skip_special_tokens=True),
             len(request.steps),
-            request.fingerprint(self._seed)[:12],
+            request.marks(self._seed).nonce,
             trust=self._trust,
             fault=Fault.TRUNCATED if length is None else None,
             structured=self._structured,

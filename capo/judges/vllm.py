@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from capo.critique import SCHEMA, render
 from capo.engines import cpu_options, undisturbed, vllm_why_not
-from capo.judges import Fault, JudgeError, JudgeReply, JudgeRequest
+from capo.judges import Fault, JudgeError, JudgeReply, JudgeRequest, check_sampling, check_votes
 from capo.judges.chat import Chat
 
 
@@ -56,11 +56,7 @@ class VllmJudge:
         context: int | None = None,
         cache_gib: float = 4.0,
     ) -> None:
-        if not 0 <= temperature <= 100 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ValueError(
-                "VllmJudge: temperature must be in [0, 100], top_p in (0, 1], max_new_tokens at least 1, "
-                f"got {temperature!r}, {top_p!r}, {max_new_tokens!r}"
-            )
+        check_sampling("VllmJudge", temperature, top_p, max_new_tokens=max_new_tokens)
         if not (math.isfinite(cache_gib) and cache_gib > 0):
             raise ValueError(f"VllmJudge: cache_gib must be finite and above 0, got {cache_gib!r}")
         reason = vllm_why_not()
@@ -106,8 +102,7 @@ class VllmJudge:
 
     def critique(self, requests: Sequence[JudgeRequest], num_votes: int, first: int = 0) -> list[list[JudgeReply]]:
         """See `capo.judges.Judge`."""
-        if num_votes < 0 or first < 0:
-            raise ValueError(f"critique: num_votes and first must be at least 0, got {num_votes} and {first}")
+        check_votes(num_votes, first)
         if not num_votes or not requests:
             return [[] for _ in requests]
         try:
@@ -128,15 +123,18 @@ class VllmJudge:
 
         began = time.perf_counter()
         replies: list[list[JudgeReply]] = [[] for _ in requests]
-        prompts = [self._prompt(request, structured) for request in requests]
+        marks = [request.marks(self._seed) for request in requests]
+        prompts = [
+            self._chat.ids(render(request.question, request.reference, request.steps, nonce, structured=structured))
+            for request, (nonce, _) in zip(requests, marks, strict=True)
+        ]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) + self._max_new_tokens <= self._context]
         for index in set(range(len(requests))) - set(fits):
             replies[index] = [JudgeReply.failure(Fault.TOO_LONG.value)] * num_votes
         parameters = [
             SamplingParams(
                 n=num_votes,
-                # vLLM numbers the seeds of a request's votes on from this: a vote has its seed however it is asked for.
-                seed=int(requests[index].fingerprint(self._seed)[12:19], 16) + first,
+                seed=marks[index].seed + first,
                 structured_outputs=StructuredOutputsParams(json=SCHEMA) if structured else None,
                 **self._sampling,
             )
@@ -147,27 +145,17 @@ class VllmJudge:
         seconds = time.perf_counter() - began
         for index, output in zip(fits, outputs, strict=True):
             replies[index] = [
-                self._reply(answer, requests[index], seconds, len(prompts[index]) if vote == 0 else 0, structured)
+                JudgeReply.read(
+                    self.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True),
+                    len(requests[index].steps),
+                    marks[index].nonce,
+                    trust=self._trust,
+                    fault=None if answer.finish_reason == "stop" else Fault.TRUNCATED,
+                    structured=structured,
+                    prompt_tokens=len(prompts[index]) if vote == 0 else 0,
+                    completion_tokens=len(answer.token_ids),
+                    seconds=seconds,
+                )
                 for vote, answer in enumerate(output.outputs)
             ]
         return replies
-
-    def _prompt(self, request: JudgeRequest, structured: bool) -> list[int]:
-        nonce = request.fingerprint(self._seed)[:12]
-        return self._chat.ids(render(request.question, request.reference, request.steps, nonce, structured=structured))
-
-    def _reply(
-        self, answer: Any, request: JudgeRequest, seconds: float, prompt_tokens: int, structured: bool
-    ) -> JudgeReply:
-        ids = list(answer.token_ids)
-        return JudgeReply.read(
-            self.tokenizer.decode(ids, skip_special_tokens=True),
-            len(request.steps),
-            request.fingerprint(self._seed)[:12],
-            trust=self._trust,
-            fault=None if answer.finish_reason == "stop" else Fault.TRUNCATED,
-            structured=structured,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(ids),
-            seconds=seconds,
-        )

@@ -52,9 +52,16 @@ def votes_missing(valid: int, flagged: int, left: int, vote: Vote) -> int:
 
 
 def response_votes_missing(
-    critiques: Sequence[Critique | None], num_steps: int, left: int, vote: Vote, matters: Matters = "every"
+    critiques: Sequence[Critique | None],
+    num_steps: int,
+    left: int,
+    vote: Vote,
+    matters: Matters = "every",
+    quorum: int = 1,
 ) -> int:
     """How many more votes are needed at the least to decide what matters of a response; 0 if it is decided.
+
+    It is not decided before it has its quorum, and it is decided once it can no longer have one.
 
     Args:
         critiques: the votes so far, None for those that abstain.
@@ -62,15 +69,25 @@ def response_votes_missing(
         left: votes that are still open.
         vote: the rule.
         matters: ``every`` step's weight, the ``first`` flagged step, or whether ``any`` is flagged.
+        quorum: see `collect`.
     """
     valid = sum(critique is not None for critique in critiques)
+    short = quorum - valid
+    if not num_steps or short > left:
+        return 0
+    return max(short, _votes_missing(critiques, num_steps, valid, left, vote, matters))
+
+
+def _votes_missing(
+    critiques: Sequence[Critique | None], num_steps: int, valid: int, left: int, vote: Vote, matters: Matters
+) -> int:
     flags = [0] * num_steps
     for critique in critiques:
         for index in critique.flagged if critique is not None else ():
             flags[index] += 1
     missing = [votes_missing(valid, count, left, vote) for count in flags]
     if matters == "every":
-        return max(missing, default=0)
+        return max(missing)
     if not any(missing):
         return 0
     first = next(i for i, needed in enumerate(missing) if needed)  # the first undecided step
@@ -161,6 +178,7 @@ def collect(
     *,
     adaptive: bool = True,
     share: bool = True,
+    quorum: int = 1,
 ) -> Votes:
     """Ask a judge for as few votes as decide the advantages of all responses.
 
@@ -175,6 +193,7 @@ def collect(
         outcomes, groups: [B] see `needs_votes`; None: every response is judged.
         adaptive: ask in rounds, and no more about a response once what matters of it is decided. False: K votes on each.
         share: responses that are equal, with equal questions, are judged once.
+        quorum: see `capo.critique.vote_table`, which is to be given the same.
 
     Raises:
         capo.judges.JudgeError: from the judge.
@@ -193,7 +212,7 @@ def collect(
         if not adaptive:
             return left
         critiques = [reply.critique for reply in replies[index]]
-        return response_votes_missing(critiques, len(requests[index].steps), left, rule.vote, matters)
+        return response_votes_missing(critiques, len(requests[index].steps), left, rule.vote, matters, quorum)
 
     asked = 0
     while rounds := _by_size(open_ones, missing, replies):

@@ -242,8 +242,7 @@ Reason read_list(string_view list, string_view nonce, int64_t num_steps, Spans& 
 
 }  // namespace
 
-Reason read_reply(string_view reply, string_view nonce, int64_t max_reply, int64_t num_steps, int8_t* votes,
-                  int64_t stride) {
+Reason read_reply(string_view reply, string_view nonce, int64_t max_reply, int64_t num_steps, Said& said) {
   const auto begins_character = [](char c) { return (static_cast<uint8_t>(c) & 0xC0) != 0x80; };
   if (static_cast<int64_t>(reply.size()) > max_reply &&
       std::count_if(reply.begin(), reply.end(), begins_character) > max_reply)
@@ -266,12 +265,13 @@ Reason read_reply(string_view reply, string_view nonce, int64_t max_reply, int64
     if (verdicts == kNoVerdict) return Reason::kNoAnswer;
     if (verdicts == kNo) return Reason::kNoList;
   }
-  for (int64_t step = 0; step < num_steps; ++step) votes[step * stride] = 0;
+  said.verdict = verdicts == kYes || verdicts == kNo ? std::optional(verdicts == kYes) : std::nullopt;
+  said.flagged.clear();
   // In order, so that overlapping ranges cost no more than the steps they cover.
   std::sort(spans.begin(), spans.end());
   int64_t next = 0;
   for (const auto& [first, last] : spans)
-    for (next = std::max(next, first); next <= last; ++next) votes[next * stride] = 1;
+    for (next = std::max(next, first); next <= last; ++next) said.flagged.push_back(next);
   return Reason::kNone;
 }
 

@@ -1,7 +1,9 @@
-// A judge's reply -> votes. The rule is stated by capo.critique.parse, which is its definition.
+// A judge's reply -> what it says. The rule is stated by capo.critique.parse, which is its definition.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string_view>
+#include <vector>
 
 namespace capo {
 
@@ -18,10 +20,15 @@ enum class Reason : uint8_t {
   kConflicting,
 };
 
-// Reads one reply on `num_steps` steps, trusting its list. Writes the vote on step i, 0 or 1, to votes[i * stride], and
-// nothing if the reply does not count. `reply` is UTF-8, of at most `max_reply` characters (half a character may stand
-// in three bytes, as one); `nonce` is empty for plain tags.
-Reason read_reply(std::string_view reply, std::string_view nonce, int64_t max_reply, int64_t num_steps, int8_t* votes,
-                  int64_t stride);
+// What a reply says.
+struct Said {
+  std::optional<bool> verdict;
+  std::vector<int64_t> flagged;  // ascending, each once
+};
+
+// Reads one reply on `num_steps` steps, trusting its list. `said` is filled only if the reply counts. `reply` is UTF-8,
+// of at most `max_reply` characters (half a character may stand in three bytes, as one); `nonce` is empty for plain
+// tags.
+Reason read_reply(std::string_view reply, std::string_view nonce, int64_t max_reply, int64_t num_steps, Said& said);
 
 }  // namespace capo
