@@ -337,7 +337,7 @@ class _Run:
         texts = [response.text or "" for response in chunk if response.token_ids is None]
         if texts and self.options.tokenizer.why_not:
             raise InputError(f"a response is given as text and cannot be encoded: {self.options.tokenizer.why_not}")
-        self._ahead.append((chunk, threads.submit(self.options.tokenizer.encode, texts) if texts else None))
+        self._ahead.append((chunk, threads.submit(self._encode, texts) if texts else None))
         if len(self._ahead) > _CHUNKS_AHEAD:
             self._score_next(threads)
 
@@ -367,7 +367,11 @@ class _Run:
             self.tallies.bad_row_examples.append(str(rejected))
         self._reject_to(rejected)
 
-    def _scored(self, responses: list[Response], encoded: list[list[int]]) -> pa.RecordBatch | None:
+    def _encode(self, texts: list[str]) -> list[bytes]:
+        tokenizer = self.options.tokenizer
+        return [pack_token_ids(ids, len(tokenizer.token_bytes)) for ids in tokenizer.encode(texts)]
+
+    def _scored(self, responses: list[Response], encoded: list[bytes]) -> pa.RecordBatch | None:
         """The rows of the output for whole groups; None if none of their responses can be used."""
         options = self.options
         responses = self._with_ids(responses, encoded)
@@ -393,7 +397,7 @@ class _Run:
         self.tallies.add(chunk)
         return chunk.batch(options)
 
-    def _with_ids(self, responses: list[Response], encoded: list[list[int]]) -> list[Response]:
+    def _with_ids(self, responses: list[Response], encoded: list[bytes]) -> list[Response]:
         """The responses, those given as text with the ids they were encoded to, if their logprobs are as many."""
         rest = iter(encoded)
         kept = []
@@ -403,7 +407,7 @@ class _Run:
                 spelled = self.options.tokenizer.token_bytes.join(ids)
                 self.tallies.other_text += spelled.strip() != response.text.encode().strip()
             if response.token_ids is None:
-                response.token_ids = pack_token_ids(next(rest), len(self.options.tokenizer.token_bytes))
+                response.token_ids = next(rest)
             length = len(response.token_ids) // 4
             if response.num_logprobs in (None, length):
                 kept.append(response)
