@@ -536,7 +536,7 @@ class _Tallies:
         cases, place = chunk.cases
         for case, count in zip(map(tuple, cases.tolist()), np.bincount(place, minlength=len(cases)), strict=True):
             self.cases[case] += int(count)
-        has_signal = _sums(chunk.advantages != 0, credit.cu_seqlens.numpy()) > 0
+        has_signal = np.diff(np.searchsorted(np.flatnonzero(chunk.advantages), credit.cu_seqlens.numpy())) > 0
         self.signal_groups += len(np.unique(groups[has_signal]))
         self.groups += len(np.unique(groups))
         self.responses += len(chunk.responses)
