@@ -426,13 +426,14 @@ class CritiqueIndex:
 
     def take(self, response: Response, num_steps: int, num_votes: int | None) -> Heard | None:
         """The critiques of one response; those that do not fit it are refused, and then it has none."""
-        keys = response.id, (response.line - 1, response.index)
-        while not (found := [self._places[key] for key in keys if key in self._places]):
+        places, by_id, by_position = self._places, response.id, (response.line - 1, response.index)
+        while by_id not in places and by_position not in places:
             if not self._read_row():
                 return None
-        place, *others = sorted(set(found))
-        self._taken.update(found)
-        for other in others:
+        found = {places[key] for key in (by_id, by_position) if key in places}
+        place = min(found)
+        self._taken |= found
+        for other in found - {place}:
             self._refuse(other, f"a second row of critiques of response {response.id}")
         try:
             return critiques_of(self._record(place), num_steps, num_votes)
