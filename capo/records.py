@@ -217,19 +217,11 @@ def _response(
     if token_ids is not None and num_logprobs not in (None, len(token_ids)):
         raise BadRow(f"{num_logprobs} logprobs for {len(token_ids)} token_ids")
     id_ = _identifier(element, "id", "response_id")
-    return Response(
-        id=f"{line - 1}/{index}" if id_ is None else id_,
-        line=line,
-        index=index,
-        record=record,
-        group_key=group_key,
-        group_id=group_id,
-        outcome=_outcome(element),
-        answer=answer,
-        text=text,
-        token_ids=packed,
-        num_logprobs=num_logprobs,
-    )
+    if id_ is None:
+        id_ = f"{line - 1}/{index}"
+    outcome = _outcome(element)
+    # By position, which takes half as long as by name.
+    return Response(id_, line, index, record, group_key, group_id, outcome, answer, text, packed, num_logprobs)
 
 
 def pack_token_ids(token_ids: Any, vocabulary: int) -> bytes:

@@ -390,8 +390,8 @@ class _Run:
             for response, count in zip(responses, np.diff(cu_steps).tolist(), strict=True)
         ]
         votes = Votes.of(heard, cu_steps, options.num_votes)
-        outcomes = torch.tensor([response.outcome for response in responses], dtype=torch.float32)
-        groups = torch.tensor([response.group for response in responses], dtype=torch.int32)
+        outcomes = torch.from_numpy(np.array([response.outcome for response in responses], np.float32))
+        groups = torch.from_numpy(np.array([response.group for response in responses], np.int32))
         credit = Credit(outcomes, torch.from_numpy(votes.table), steps, packed[1], groups, options.rule)
         chunk = _Chunk(responses, votes, token_ids, credit, credit.advantages().numpy())
         self.tallies.add(chunk)
