@@ -127,7 +127,8 @@ def _hugging_face(tokenizer: Any, num_tokens: int | None, eos_ids: Iterable[int]
         backend.no_padding()
 
     def encode(texts: list[str]) -> Iterable[list[int]]:
-        # One list at a time: all of them together leave the caches before they are read.
+        # One list at a time, as all of them together leave the caches before they are read. encode_batch_fast executes a
+        # fifth less and yet takes longer on two threads (docs/LOG.md).
         return (encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False))
 
     return Tokenizer(token_bytes, encode)
