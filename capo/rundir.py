@@ -20,7 +20,7 @@ MAY_CHANGE = {"output", "updates", "eval_every", "save_every", "keep_checkpoints
 
 
 def check(config: TrainConfig, resume: bool) -> None:
-    """Refuse a run that its folder does not fit: a new one where one is, a resumed one where none is or another.
+    """Refuse a run that its folder does not fit: a new one where one is; to resume none, another or a longer one.
 
     Raises:
         UsageError: says which, and what to do.
@@ -40,6 +40,10 @@ def check(config: TrainConfig, resume: bool) -> None:
         raise UsageError(
             f"{folder} was begun with other settings of {', '.join(changed)}; a resumed run keeps them. "
             f"They are in {folder / 'config.yaml'}"
+        )
+    if config.updates < saved[-1]:
+        raise UsageError(
+            f"updates={config.updates}, but {folder} has done {saved[-1]} updates; give at least as many to go on"
         )
 
 

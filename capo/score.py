@@ -337,7 +337,7 @@ class _Run:
         texts = [response.text or "" for response in chunk if response.token_ids is None]
         if texts and self.options.tokenizer.why_not:
             raise InputError(f"a response is given as text and cannot be encoded: {self.options.tokenizer.why_not}")
-        self._ahead.append((chunk, threads.submit(self.options.tokenizer.encode, texts) if texts else None))
+        self._ahead.append((chunk, threads.submit(self._encode, texts) if texts else None))
         if len(self._ahead) > _CHUNKS_AHEAD:
             self._score_next(threads)
 
@@ -367,7 +367,11 @@ class _Run:
             self.tallies.bad_row_examples.append(str(rejected))
         self._reject_to(rejected)
 
-    def _scored(self, responses: list[Response], encoded: list[list[int]]) -> pa.RecordBatch | None:
+    def _encode(self, texts: list[str]) -> list[bytes]:
+        tokenizer = self.options.tokenizer
+        return [pack_token_ids(ids, len(tokenizer.token_bytes)) for ids in tokenizer.encode(texts)]
+
+    def _scored(self, responses: list[Response], encoded: list[bytes]) -> pa.RecordBatch | None:
         """The rows of the output for whole groups; None if none of their responses can be used."""
         options = self.options
         responses = self._with_ids(responses, encoded)
@@ -386,14 +390,14 @@ class _Run:
             for response, count in zip(responses, np.diff(cu_steps).tolist(), strict=True)
         ]
         votes = Votes.of(heard, cu_steps, options.num_votes)
-        outcomes = torch.tensor([response.outcome for response in responses], dtype=torch.float32)
-        groups = torch.tensor([response.group for response in responses], dtype=torch.int32)
+        outcomes = torch.from_numpy(np.array([response.outcome for response in responses], np.float32))
+        groups = torch.from_numpy(np.array([response.group for response in responses], np.int32))
         credit = Credit(outcomes, torch.from_numpy(votes.table), steps, packed[1], groups, options.rule)
         chunk = _Chunk(responses, votes, token_ids, credit, credit.advantages().numpy())
         self.tallies.add(chunk)
         return chunk.batch(options)
 
-    def _with_ids(self, responses: list[Response], encoded: list[list[int]]) -> list[Response]:
+    def _with_ids(self, responses: list[Response], encoded: list[bytes]) -> list[Response]:
         """The responses, those given as text with the ids they were encoded to, if their logprobs are as many."""
         rest = iter(encoded)
         kept = []
@@ -403,7 +407,7 @@ class _Run:
                 spelled = self.options.tokenizer.token_bytes.join(ids)
                 self.tallies.other_text += spelled.strip() != response.text.encode().strip()
             if response.token_ids is None:
-                response.token_ids = pack_token_ids(next(rest), len(self.options.tokenizer.token_bytes))
+                response.token_ids = next(rest)
             length = len(response.token_ids) // 4
             if response.num_logprobs in (None, length):
                 kept.append(response)
@@ -532,7 +536,7 @@ class _Tallies:
         cases, place = chunk.cases
         for case, count in zip(map(tuple, cases.tolist()), np.bincount(place, minlength=len(cases)), strict=True):
             self.cases[case] += int(count)
-        has_signal = _sums(chunk.advantages != 0, credit.cu_seqlens.numpy()) > 0
+        has_signal = np.diff(np.searchsorted(np.flatnonzero(chunk.advantages), credit.cu_seqlens.numpy())) > 0
         self.signal_groups += len(np.unique(groups[has_signal]))
         self.groups += len(np.unique(groups))
         self.responses += len(chunk.responses)

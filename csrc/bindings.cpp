@@ -2,6 +2,9 @@
 // them.
 #include "bindings.h"
 
+#include <algorithm>
+#include <cctype>
+
 #include "cpu/credit.h"
 #include "cpu/policy_loss.h"
 #include "cpu/rows.h"
@@ -65,6 +68,70 @@ void read_votes(const py::list& said, const py::list& nonces, Address cu_said, A
       for (const int64_t step : found.flagged) column[step * num_votes] = 1;
     }
   }
+}
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// As capo.critique.check_nonce has it.
+bool is_nonce(PyObject* text) {
+  if (!PyUnicode_CheckExact(text) || !PyUnicode_IS_ASCII(text)) return false;
+  const Py_ssize_t length = PyUnicode_GET_LENGTH(text);
+  const Py_UCS1* const begin = PyUnicode_1BYTE_DATA(text);
+  return 4 <= length && length <= 64 && std::all_of(begin, begin + length, [](Py_UCS1 c) { return std::isalnum(c); });
+}
+
+// What a critique says, and about it; null if it has none of the usual forms.
+struct Said {
+  PyObject* what = nullptr;
+  PyObject* about = nullptr;
+};
+
+Said flagged_steps(PyObject* critique, int64_t num_steps) {
+  static PyObject* const kValid = interned("valid");
+  static PyObject* const kError = interned("error");
+  static PyObject* const kFlagged = interned("flagged");
+  PyObject* const valid = PyDict_GetItem(critique, kValid);
+  if (valid == Py_False) {
+    PyObject* const error = PyDict_GetItem(critique, kError);
+    if (error == nullptr || !PyUnicode_CheckExact(error) || PyUnicode_GET_LENGTH(error) == 0) return {};
+    return {Py_None, error};
+  }
+  PyObject* const flagged = PyDict_GetItem(critique, kFlagged);
+  if ((valid != nullptr && valid != Py_True) || flagged == nullptr || !PyList_CheckExact(flagged)) return {};
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(flagged); ++i) {
+    PyObject* const step = PyList_GET_ITEM(flagged, i);
+    int overflow = 0;
+    const int64_t value = PyLong_CheckExact(step) ? PyLong_AsLongLongAndOverflow(step, &overflow) : -1;
+    if (overflow != 0 || value < 0 || value >= num_steps) return {};
+  }
+  return {flagged, Py_None};
+}
+
+Said said_in(PyObject* critique, PyObject* nonce, int64_t num_steps) {
+  static PyObject* const kText = interned("text");
+  static PyObject* const kNonce = interned("nonce");
+  PyObject* text = critique;
+  if (PyDict_CheckExact(critique)) {
+    text = PyDict_GetItem(critique, kText);
+    if (text == nullptr) return flagged_steps(critique, num_steps);
+    if (PyObject* const own = PyDict_GetItem(critique, kNonce)) nonce = own;
+  }
+  if (text == Py_None) return {Py_None, Py_None};
+  if (!PyUnicode_CheckExact(text) || (nonce != Py_None && !is_nonce(nonce))) return {};
+  return {text, nonce};
+}
+
+// What the critiques of a response say, and about it, a list each; None if one of them has none of the usual forms.
+py::object plain_critiques(const py::list& critiques, const py::object& nonce, int64_t num_steps) {
+  const size_t count = critiques.size();
+  py::list what(count), about(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Said said = said_in(PyList_GET_ITEM(critiques.ptr(), i), nonce.ptr(), num_steps);
+    if (said.what == nullptr) return py::none();
+    PyList_SET_ITEM(what.ptr(), i, Py_NewRef(said.what));
+    PyList_SET_ITEM(about.ptr(), i, Py_NewRef(said.about));
+  }
+  return py::make_tuple(what, about);
 }
 
 // Integers below `limit` as int32 bytes; None if there is anything else in the list.
@@ -139,6 +206,8 @@ void bind_text(py::module_& m) {
         "Replies and lists of flagged steps -> votes and states; the lists must fit.");
   m.def("parse_reply", &parse_reply, py::arg("reply"), py::arg("nonce"), py::arg("max_reply"), py::arg("num_steps"),
         "A reply -> verdict and flagged steps; None if it does not count.");
+  m.def("plain_critiques", &plain_critiques, py::arg("critiques"), py::arg("nonce"), py::arg("num_steps"),
+        "Critiques of the usual forms -> what they say, and about it.");
   m.def("pack_ids", &pack_ids, py::arg("ids"), py::arg("limit"), "A list of token ids -> int32 bytes.");
   m.def(
       "token_flags",

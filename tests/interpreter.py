@@ -20,9 +20,10 @@ _patch_lang_tensor, _convert_float = interpreter._patch_lang_tensor, interpreter
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
-def _patch(tensor, scope):
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+def _patch(tensor, *scope):  # Triton 3.4 has no scope
+    _patch_lang_tensor(tensor, *scope)
+    set_attr = scope[0].set_attr if scope else setattr
+    set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _convert(values, source, target, rounding):

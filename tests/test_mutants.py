@@ -245,7 +245,7 @@ VECTORS = [
     Mutant("low precision of the exponential", OPTIONS, "0.24022242426872253f", "0.24032242426872253f"),
 ]
 
-VOTES = [
+FORMULAS = [
     Mutant("a tie is no majority", WEIGHTS, "2 * c >= n", "2 * c > n"),
     Mutant("a tie is a strict majority", WEIGHTS, "2 * c > n", "2 * c >= n"),
     Mutant("abstentions count as clear", WEIGHTS, "count - static_cast<int64_t>(abstained_total)", "count"),
@@ -256,6 +256,20 @@ VOTES = [
     Mutant("average over absent votes", WEIGHTS, "static_cast<double>(n);", "static_cast<double>(n + 1);"),
     Mutant("numbers that are no votes", FOREIGN, "foreign |= word ^ (flagged | (abstained * 0xff));", ""),
     Mutant("a step without votes is flagged", WEIGHTS, "if (n == 0) return 0.0;", ""),
+    Mutant("flawed are the clear ones", RULES, "? c - p : c)", "? c : c - p)"),
+    Mutant("outcome 0 earns what 1 does", RULES, "outcome > 0.0 ? c : p", "outcome >= 0.0 ? c : p"),
+    Mutant(
+        "rounding of means is a difference",
+        CREDIT + "test_means_that_differ",
+        " || high - low <= 1e-12 * (a > b ? a : b)",
+        "",
+    ),
+    Mutant(
+        "floor added to the deviation",
+        PRODUCTS,
+        "(std < rule.std_floor ? rule.std_floor : std)",
+        "(std + rule.std_floor)",
+    ),
 ]
 
 ADVANTAGES = [
@@ -326,9 +340,7 @@ ADVANTAGES = [
     ),
     Mutant("half a vote does not flag", RULES, "weights[s] < 0.5", "weights[s] <= 0.5"),
     Mutant("prefix up to the end of the error", RULES, "? args.starts[s] : last", "? args.ends[s] : last"),
-    Mutant("flawed are the clear ones", RULES, "? c - p : c)", "? c : c - p)"),
     Mutant("outcome 0 is right", RULES, "args.outcomes[i] > 0.f", "args.outcomes[i] >= 0.f"),
-    Mutant("floor added to the deviation", PRODUCTS, "std::max(std, rule.std_floor)", "(std + rule.std_floor)"),
     Mutant(
         "clamp of one side",
         PRODUCTS,
@@ -728,7 +740,7 @@ FILES = {
     "csrc/cpu/policy_loss.cpp": ROW_LOSS,
     "csrc/cpu/simd/rows.cpp": ROWS,
     "csrc/cpu/simd/vec.h": VECTORS,
-    "csrc/common/credit.h": VOTES,
+    "csrc/common/credit.h": FORMULAS,
     "csrc/cpu/credit.cpp": ADVANTAGES,
     "capo/native.py": CALLS,
     "capo/ops.py": OPS,

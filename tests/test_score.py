@@ -509,6 +509,29 @@ def test_every_form_of_a_critique():
     assert summary.critiques == {"valid": 5, "invalid": 4, "failed": 2} and summary.uncritiqued == 1
 
 
+def test_plain_critiques_are_read_natively_as_in_python(monkeypatch):
+    """Alone and after another one: what one reads, or the error that one gives, is that of the other."""
+    half, digits = "\ud800", "\u0661" * 4
+    nonces = [None, "0aZ9", "0" * 64, "0" * 65, "abc", "ab-d", "äbcd", digits, "", half * 4, 5, True]
+    values = [None, "", "x", half, 0, 1, 2, -1, 2**70, True, False, 1.0, [], [0, 1], [2], [True], [2**70], ["0"], {}]
+    items = [*values, *({"text": value} for value in values), *({"flagged": value} for value in values)]
+    items += [{"text": "x", "nonce": nonce} for nonce in nonces]
+    items += [{"valid": valid, "error": error} for valid in (True, False, None, 1) for error in values]
+    items += [{"valid": valid, "flagged": [1]} for valid in (True, False, None, 1)]
+
+    def outcome(given, nonce):
+        try:
+            return capo.records.critiques_of({"critiques": given, "nonce": nonce}, 2, None)
+        except capo.records.BadRow as error:
+            return str(error)
+
+    cases = [(given, nonce) for nonce in nonces for item in items for given in ([item], ["y", item])]
+    native = [outcome(*case) for case in cases]
+    monkeypatch.setattr(capo.records, "_native", None)
+    assert [outcome(*case) for case in cases] == native
+    assert 100 < sum(isinstance(one, str) for one in native) < len(native) - 100
+
+
 def test_responses_may_be_named_by_position():
     rows = [
         {"prompt": "x", "responses": ["q"]},
@@ -1040,7 +1063,7 @@ def test_tokenizers_of_transformers():
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=BYTES, eos_token="<|end|>")
     row = {"prompt": "p", "token_ids": [*ids("ab|c"), END], "outcome": 1}
     assert score([row], [], fast, delimiter="|").table.to_pylist()[0]["step_ends"] == [2, 5]
-    assert load_tokenizer(fast).encode(["ab"]) == [ids("ab")]
+    assert list(load_tokenizer(fast).encode(["ab"])) == [ids("ab")]
 
 
 # ---- real solutions

@@ -580,6 +580,15 @@ def test_resume_with_other_settings_is_refused_and_names_them(tmp_path):
         run(small(tmp_path, "learning_rate=1", "seeds.rl=5"), resume=True)
 
 
+def test_resume_with_fewer_updates_than_done_is_refused_before_any_work(tmp_path, monkeypatch):
+    done = run(small(tmp_path, "updates=2"))
+    assert run(small(tmp_path, "updates=2"), resume=True) == done  # as many: there is nothing left to do
+    monkeypatch.setattr(capo.train, "build_model", None)
+    with pytest.raises(UsageError, match="updates=1, but .*run has done 2 updates"):
+        run(small(tmp_path, "updates=1"), resume=True)
+    assert checkpoint.saved_updates(tmp_path / "run" / "checkpoints")[-1] == 2
+
+
 def test_odd_folder_names(tmp_path):
     assert run(small(tmp_path, "updates=1", name="a b/ünï {method}")).run_dir.name == "ünï capo"
 

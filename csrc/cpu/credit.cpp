@@ -27,10 +27,6 @@ struct Range {
     high = std::max(high, x);
   }
   bool constant() const { return !(high > low); }
-  // max - min is within the rounding of means among the numbers
-  bool constant_but_rounding() const {
-    return constant() || high - low <= 1e-12 * std::max(std::abs(low), std::abs(high));
-  }
 };
 
 // Mean and standard deviation of few numbers, in two passes.
@@ -120,23 +116,16 @@ class Pass {
   }
 
   // The reward of a token outside all steps.
-  double base_reward(int64_t i) const {
-    const double c = rule.outcome_weight, p = rule.process_weight;
-    switch (rule.reward) {
-      case Reward::kPrefix:
-        return right(i) ? c : p;
-      case Reward::kFlawed:
-        return right(i) ? (first_flagged(i) < args.cu_steps[i + 1] ? c - p : c) : -c;
-      default:
-        return c * outcome(i);
-    }
+  double base_of(int64_t i) const {
+    const bool any_flagged = rule.reward == Reward::kFlawed && first_flagged(i) < args.cu_steps[i + 1];
+    return base_reward(rule, outcome(i), any_flagged);
   }
 
   // Calls visit(first, last, reward) for runs of tokens of response i with one reward, in order and without gaps.
   template <typename Visit>
   void runs(int64_t i, const Visit& visit) const {
     const int64_t first = args.cu_seqlens[i], last = args.cu_seqlens[i + 1];
-    const double base = base_reward(i);
+    const double base = base_of(i);
     const auto run = [&](int64_t from, int64_t to, double reward) {
       if (to > from) visit(from, to, reward);
     };
@@ -157,8 +146,6 @@ class Pass {
       run(first, last, base);
     }
   }
-
-  double inverse_std(double std) const { return 1.0 / std::max(std, rule.std_floor); }
 
   // Offset and factor of the responses of a group; false if one does not fit.
   bool group(const int64_t* responses, size_t count) {
@@ -202,7 +189,7 @@ class Pass {
         squares += static_cast<double>(last - first) * (r - mean) * (r - mean);
       });
     const bool divide = rule.normalize == Normalize::kGroupTokens;
-    const double scale = divide ? inverse_std(std::sqrt(squares / static_cast<double>(count))) : 1.0;
+    const double scale = divide ? inverse_std(std::sqrt(squares / static_cast<double>(count)), rule) : 1.0;
     for (int64_t i : members) {
       offset[i] = mean;
       factor[i] = scale;
@@ -219,13 +206,13 @@ class Pass {
         own.add(r);
         sum += static_cast<double>(last - first) * r;
       });
-      if (length(i) == 0) own.add(base_reward(i));
+      if (length(i) == 0) own.add(base_of(i));
       means.push_back(own.constant() ? own.low : sum / static_cast<double>(length(i)));
       tokens.add(own.low);
       tokens.add(own.high);
       among_means.add(means.back());
     }
-    if (tokens.constant_but_rounding()) return;
+    if (constant_but_rounding(tokens.low, tokens.high)) return;
     const double count = static_cast<double>(members.size());
     if (rule.normalize == Normalize::kResponsesMean) {
       const double mean = Moments(means, 0.0).mean;
@@ -241,9 +228,9 @@ class Pass {
       }
       return;
     }
-    if (among_means.constant_but_rounding()) return;
+    if (constant_but_rounding(among_means.low, among_means.high)) return;
     const Moments moments(means, 1.0);
-    for (int64_t i : members) offset[i] = moments.mean, factor[i] = inverse_std(moments.std);
+    for (int64_t i : members) offset[i] = moments.mean, factor[i] = inverse_std(moments.std, rule);
   }
 
   double step_reward(int64_t i, int64_t s) const {
@@ -260,7 +247,7 @@ class Pass {
       }
     if (range.constant()) return;
     const Moments moments(rewards, 0.0);
-    for (int64_t i : members) offset[i] = moments.mean, factor[i] = inverse_std(moments.std);
+    for (int64_t i : members) offset[i] = moments.mean, factor[i] = inverse_std(moments.std, rule);
   }
 
   // (x - mean) / sample std; zeros where all are equal or there is but one.
@@ -268,9 +255,9 @@ class Pass {
     Range range;
     for (double value : x) range.add(value);
     std::vector<double> result(x.size(), 0.0);
-    if (x.size() < 2 || range.constant_but_rounding()) return result;
+    if (x.size() < 2 || constant_but_rounding(range.low, range.high)) return result;
     const Moments moments(x, 1.0);
-    const double scale = inverse_std(moments.std);
+    const double scale = inverse_std(moments.std, rule);
     for (size_t k = 0; k < x.size(); ++k) result[k] = (x[k] - moments.mean) * scale;
     return result;
   }
