@@ -64,9 +64,9 @@ def policy_loss(
     with head.memory(max(sizes, default=0)):
         for first, last in groups:
             these = slice(first, last)
-            starts = [start for start, _ in _pieces(first, last, head.chunk_rows)]
-            pieces = [torch.arange(*piece, device=index.device) for piece in _pieces(first, last, head.chunk_rows)]
-            for start, piece in zip(starts, pieces, strict=True):
+            spans = _pieces(first, last, head.chunk_rows)
+            pieces = [(start, torch.arange(start, end, device=index.device)) for start, end in spans]
+            for start, piece in pieces:
                 inputs, logits = rows.logits(piece, start)
                 rows.read(piece, logits)
             logprobs, entropy = rows.logprobs(these)
@@ -79,15 +79,7 @@ def policy_loss(
                 continue
             rows.slopes[these], rows.entropy_slopes[these] = slopes, entropy_slopes[these]
             kept = (slopes != 0) | (entropy_slopes[these] != 0)
-            if len(pieces) == 1:
-                gradients.add(rows, pieces[0], *rows.moves(kept), inputs, logits)
-            elif not rows.counted:
-                for start, piece in zip(starts, pieces, strict=True):
-                    gradients.add(rows, piece, *rows.moves(kept[piece - first]), *rows.logits(piece, start))
-            else:  # a response longer than a chunk: its logits are gone
-                for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0])):
-                    moves = torch.arange(len(piece), device=index.device)
-                    gradients.add(rows, piece, moves, None, *rows.logits(piece))
+            gradients.add_group(rows, pieces, kept, inputs, logits)
 
     empty = [hidden.new_zeros(0, dtype=torch.float32)] * 4 + [live[:0]]
     logprobs, entropy, loss, kl, clipped = (torch.cat(part) for part in zip(*(parts or [empty]), strict=True))
@@ -327,6 +319,22 @@ class _Gradients:
         self.hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=head.layout) if hidden else None
         self.weight = _WeightGradient(head, several) if weight else None
         self.bias = torch.zeros_like(head.whole_bias, dtype=torch.float32) if bias else None
+
+    def add_group(
+        self, rows: _Rows, pieces: list[tuple[int, Tensor]], kept: Tensor, inputs: Tensor, logits: Tensor
+    ) -> None:
+        """Add what the kept rows of a group contribute. Hidden states and logits are those of its last piece; of the others
+        they are gone, and made again."""
+        first = pieces[0][0]
+        if len(pieces) == 1:
+            self.add(rows, pieces[0][1], *rows.moves(kept), inputs, logits)
+        elif rows.counted:
+            for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0][1])):
+                moves = torch.arange(len(piece), device=piece.device)
+                self.add(rows, piece, moves, None, *rows.logits(piece))
+        else:
+            for start, piece in pieces:
+                self.add(rows, piece, *rows.moves(kept[piece - first]), *rows.logits(piece, start))
 
     def add(
         self, rows: _Rows, piece: Tensor, moves: Tensor, count: Tensor | None, inputs: Tensor, logits: Tensor
