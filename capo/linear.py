@@ -192,7 +192,8 @@ class _Head:
 
     def unwritten_gradient(self, dtype: torch.dtype) -> Tensor:
         """Memory for the gradient of the whole weight, with anything in it."""
-        backend = None if self.products is not None else backend_with("unwritten_like", self.weight.device)
+        returned = self.products is None and dtype == self.weight.dtype  # for such a backend may keep memory
+        backend = backend_with("unwritten_like", self.weight.device) if returned else None
         if backend is not None:
             return backend.unwritten_like(self.whole_weight, dtype)
         return torch.empty_like(self.whole_weight, dtype=dtype, memory_format=self.layout)
