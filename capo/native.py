@@ -55,7 +55,7 @@ class _Kept:
 
 
 def _in_small_pages(size: int) -> np.ndarray:
-    """NumPy asks for large pages: products of matrices into these take up to a twentieth longer."""
+    """NumPy would ask for large pages, which may take longer to get and make no product faster."""
     with torch.inference_mode(False):
         return torch.empty(size, dtype=torch.uint8).numpy()
 
