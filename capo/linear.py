@@ -388,13 +388,14 @@ class _WeightGradient:
     """A sum over the chunks, in float32 if there may be several. The first one writes it: there are no zeros to begin with."""
 
     def __init__(self, head: _Head, several: bool):
-        self.head, self.total = head, None
+        self.head = head
+        self.total: Tensor | None = None
         self.dtype = torch.float32 if several else head.weight.dtype
 
     def sum_before(self) -> tuple[Tensor, bool]:
         """The sum in the rows of the vocabulary, and whether there is anything in it."""
         written = self.total is not None
-        if not written:
+        if self.total is None:
             self.total = self.head.unwritten_gradient(self.dtype)
         return self.total[: self.head.width], written
 
