@@ -64,9 +64,9 @@ def policy_loss(
     with head.memory(max(sizes, default=0)):
         for first, last in groups:
             these = slice(first, last)
-            starts = [start for start, _ in _pieces(first, last, head.chunk_rows)]
-            pieces = [torch.arange(*piece, device=index.device) for piece in _pieces(first, last, head.chunk_rows)]
-            for start, piece in zip(starts, pieces, strict=True):
+            spans = _pieces(first, last, head.chunk_rows)
+            pieces = [(start, torch.arange(start, end, device=index.device)) for start, end in spans]
+            for start, piece in pieces:
                 inputs, logits = rows.logits(piece, start)
                 rows.read(piece, logits)
             logprobs, entropy = rows.logprobs(these)
@@ -79,15 +79,7 @@ def policy_loss(
                 continue
             rows.slopes[these], rows.entropy_slopes[these] = slopes, entropy_slopes[these]
             kept = (slopes != 0) | (entropy_slopes[these] != 0)
-            if len(pieces) == 1:
-                gradients.add(rows, pieces[0], *rows.moves(kept), inputs, logits)
-            elif not rows.counted:
-                for start, piece in zip(starts, pieces, strict=True):
-                    gradients.add(rows, piece, *rows.moves(kept[piece - first]), *rows.logits(piece, start))
-            else:  # a response longer than a chunk: its logits are gone
-                for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0])):
-                    moves = torch.arange(len(piece), device=index.device)
-                    gradients.add(rows, piece, moves, None, *rows.logits(piece))
+            gradients.add_group(rows, pieces, kept, inputs, logits)
 
     empty = [hidden.new_zeros(0, dtype=torch.float32)] * 4 + [live[:0]]
     logprobs, entropy, loss, kl, clipped = (torch.cat(part) for part in zip(*(parts or [empty]), strict=True))
@@ -138,6 +130,8 @@ class _Head:
     def __init__(self, op, hidden, weight, bias, softcap, vocab_size, chunk_bytes, group):
         self.op, self.hidden, self.whole_weight, self.whole_bias, self.softcap = op, hidden, weight, bias, softcap
         self.products = _products(hidden.device)
+        # The kernels of a GPU write rows that are next to each other; the products of PyTorch know any strides.
+        self.layout = torch.preserve_format if self.products is None else torch.contiguous_format
         self.shards = None if group is None else _Shards(group, weight)
         first, self.vocab = (0, len(weight)) if self.shards is None else (self.shards.first, self.shards.vocab)
         if vocab_size is not None:
@@ -195,6 +189,14 @@ class _Head:
             for uncapped, block in zip(logits.split(ROW_MULTIPLE), self.buffer.split(ROW_MULTIPLE), strict=False):
                 block.copy_(torch.tanh(uncapped.float() / self.softcap) * self.softcap)
         return inputs[: len(index)], self.buffer[: len(index)]
+
+    def unwritten_gradient(self, dtype: torch.dtype) -> Tensor:
+        """Memory for the gradient of the whole weight, with anything in it."""
+        returned = self.products is None and dtype == self.weight.dtype  # for such a backend may keep memory
+        backend = backend_with("unwritten_like", self.weight.device) if returned else None
+        if backend is not None:
+            return backend.unwritten_like(self.whole_weight, dtype)
+        return torch.empty_like(self.whole_weight, dtype=dtype, memory_format=self.layout)
 
     def own_labels(self, labels: Tensor) -> Tensor:
         """Columns of the labels, -1 where another rank has it."""
@@ -314,16 +316,26 @@ class _Gradients:
 
     def __init__(self, head: _Head, need_grad: list[bool], several: bool):
         self.head, (hidden, weight, bias) = head, need_grad
-
-        layout = torch.preserve_format if head.products is None else torch.contiguous_format
-
-        def sum_like(x):
-            return torch.zeros_like(x, dtype=torch.float32 if several else x.dtype, memory_format=layout)
-
         dtype = head.hidden.dtype if head.shards is None else torch.float32
-        self.hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=layout) if hidden else None
-        self.weight = sum_like(head.whole_weight) if weight else None
+        self.hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=head.layout) if hidden else None
+        self.weight = _WeightGradient(head, several) if weight else None
         self.bias = torch.zeros_like(head.whole_bias, dtype=torch.float32) if bias else None
+
+    def add_group(
+        self, rows: _Rows, pieces: list[tuple[int, Tensor]], kept: Tensor, inputs: Tensor, logits: Tensor
+    ) -> None:
+        """Add what the kept rows of a group contribute. Hidden states and logits are those of its last piece; of the others
+        they are gone, and made again."""
+        first = pieces[0][0]
+        if len(pieces) == 1:
+            self.add(rows, pieces[0][1], *rows.moves(kept), inputs, logits)
+        elif rows.counted:
+            for piece in (first + kept.nonzero()[:, 0]).split(len(pieces[0][1])):
+                moves = torch.arange(len(piece), device=piece.device)
+                self.add(rows, piece, moves, None, *rows.logits(piece))
+        else:
+            for start, piece in pieces:
+                self.add(rows, piece, *rows.moves(kept[piece - first]), *rows.logits(piece, start))
 
     def add(
         self, rows: _Rows, piece: Tensor, moves: Tensor, count: Tensor | None, inputs: Tensor, logits: Tensor
@@ -341,13 +353,13 @@ class _Gradients:
 
     def add_counted(self, index: Tensor, grad: Tensor, inputs: Tensor, count: Tensor) -> None:
         """Add what the first rows with a gradient contribute, which only the device counts."""
-        width, kernel = self.head.width, self.head.kernel
+        kernel = self.head.kernel
         if self.hidden is not None:
             kernel("rows_product")(grad, self.head.weight, None, self.hidden, count, targets=index)
         if self.weight is not None:
-            kernel("add_product")(grad, inputs, self.weight[:width], count)
+            self.weight.add_counted(grad, inputs, count)
         if self.bias is not None:
-            kernel("add_sum")(grad, self.bias[:width], count)
+            kernel("add_sum")(grad, self.bias[: self.head.width], count)
 
     def add_rows(self, index: Tensor, grad: Tensor, inputs: Tensor) -> None:
         """Add what rows with these gradients of their logits contribute."""
@@ -357,34 +369,63 @@ class _Gradients:
             product = torch.mm(self.head.buffer[: _rounded(count)], self.head.weight)
             self.hidden.index_copy_(0, index, product[:count].to(self.hidden.dtype))
         if self.weight is not None:
-            self.add_to_weight(self.weight, grad, inputs)
+            self.weight.add(grad, inputs)
         if self.bias is not None:
             total = self.bias[: self.head.width]
             for part, columns in zip(total.split(COLUMNS), grad.split(COLUMNS, 1), strict=True):
                 part += columns.sum(0, dtype=torch.float32)
-
-    def add_to_weight(self, total: Tensor, grad: Tensor, inputs: Tensor) -> None:
-        total = total[: self.head.width]
-        if total.dtype == grad.dtype == torch.float32:
-            torch.addmm(total, grad.t(), inputs, out=total)
-        elif total.dtype == grad.dtype:  # there is but this chunk
-            torch.mm(grad.t(), inputs, out=total)
-        elif total.is_cuda:
-            torch.addmm(total, grad.t(), inputs, out_dtype=torch.float32, out=total)
-        else:
-            size = max(WEIGHT_BYTES // (inputs[0].numel() * inputs.element_size() + 1), 1)
-            for part, columns in zip(total.split(size), grad.split(size, 1), strict=True):
-                part += torch.mm(columns.t(), inputs)
 
     def results(self) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias in their own types."""
         dtype = self.head.hidden.dtype
         if self.hidden is not None and self.head.shards is not None:
             self.head.shards.add_up(self.hidden)
-        return tuple(self.rounded(x, dtype) for x in (self.hidden, self.weight, self.bias))
+        hidden, bias = (None if x is None else x.to(dtype) for x in (self.hidden, self.bias))
+        return hidden, None if self.weight is None else self.weight.result(), bias
 
-    def rounded(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        return None if x is None else x.to(dtype)
+
+class _WeightGradient:
+    """A sum over the chunks, in float32 if there may be several. The first one writes it: there are no zeros to begin with."""
+
+    def __init__(self, head: _Head, several: bool):
+        self.head = head
+        self.total: Tensor | None = None
+        self.dtype = torch.float32 if several else head.weight.dtype
+
+    def sum_before(self) -> tuple[Tensor, bool]:
+        """The sum in the rows of the vocabulary, and whether there is anything in it."""
+        written = self.total is not None
+        if self.total is None:
+            self.total = self.head.unwritten_gradient(self.dtype)
+        return self.total[: self.head.width], written
+
+    def add_counted(self, grad: Tensor, inputs: Tensor, count: Tensor) -> None:
+        total, written = self.sum_before()
+        self.head.kernel("add_product")(grad, inputs, total, count, written)
+
+    def add(self, grad: Tensor, inputs: Tensor) -> None:
+        """Add ``grad.T @ inputs``."""
+        total, written = self.sum_before()
+        if total.dtype == grad.dtype:  # float32, or there is but this chunk
+            torch.addmm(total, grad.t(), inputs, beta=int(written), out=total)
+        elif total.is_cuda:
+            torch.addmm(total, grad.t(), inputs, out_dtype=torch.float32, beta=int(written), out=total)
+        else:
+            size = max(WEIGHT_BYTES // (inputs[0].numel() * inputs.element_size() + 1), 1)
+            for part, columns in zip(total.split(size), grad.split(size, 1), strict=True):
+                product = torch.mm(columns.t(), inputs)
+                if written:
+                    part += product
+                else:
+                    part.copy_(product)
+
+    def result(self) -> Tensor:
+        """The sum in the type of the weight, 0 in rows beyond the vocabulary."""
+        if self.total is None:
+            return torch.zeros_like(self.head.whole_weight, memory_format=self.head.layout)
+        self.total[self.head.width :].zero_()
+        dtype = self.head.weight.dtype
+        return self.total if self.dtype == dtype else self.head.unwritten_gradient(dtype).copy_(self.total)
 
 
 class _Shards:

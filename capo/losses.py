@@ -206,7 +206,8 @@ def linear_policy_loss(
     The logits are made and used up in chunks of rows. Rows of dead tokens (see ``policy_loss``) are left out of all three
     matrix products, rows without a gradient because they were clipped out of the last two. The gradients are made in the
     forward; that of ``weight`` is summed in float32. The loss and the gradient of each row of ``hidden`` are bitwise the
-    same for any ``chunk_bytes`` and whatever else is in the batch.
+    same for any ``chunk_bytes`` and whatever else is in the batch. The C++ backend keeps the memory of a large gradient of
+    ``weight`` and takes it again for the next one, once no tensor has it.
 
     Args:
         hidden: [N, H] float32, bfloat16 or float16: one row for every response token, of the position before it.

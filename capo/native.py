@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -33,28 +33,58 @@ def _float32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
-_spare: list[np.ndarray] = []  # the memory of the last large advantages, one piece at most
+class _Kept:
+    """Memory that is taken again once no tensor has it, one piece at most: much of it takes longer to get than to write."""
+
+    def __init__(self, new: Callable[[int], np.ndarray]):
+        self.new = new
+        self.pieces: list[tuple[np.ndarray, weakref.ref]] = []  # and what was given away of it
+
+    def bytes(self, size: int) -> Tensor:
+        """So many, with anything in them."""
+        try:
+            memory, given = self.pieces.pop()  # at once, as another thread may want it
+        except IndexError:
+            memory = None
+        if memory is None or given() is not None or not size <= memory.size <= 2 * size:
+            memory = None  # given back before more is taken
+            memory = self.new(size)
+        part = memory[:size]
+        self.pieces[:] = [(memory, weakref.ref(part))]
+        return torch.from_numpy(part)
 
 
-def _new_floats(size: int) -> Tensor:
-    """Memory for float32 with anything in it. Much of it takes longer to get than to fill: the last piece is kept, and taken
-    again once no tensor has it."""
-    if size < 1 << 20:
-        return torch.empty(size, dtype=torch.float32)
-    try:
-        memory = _spare.pop()  # at once, as another thread may want it
-    except IndexError:
-        memory = None
-    # Two references are the one here and that of the call; a tensor has another.
-    if memory is None or not size <= memory.size <= 2 * size or sys.getrefcount(memory) > 2:
-        memory = np.empty(size, dtype=np.float32)
-    _spare[:] = [memory]
-    return torch.from_numpy(memory[:size])
+def _in_small_pages(size: int) -> np.ndarray:
+    """NumPy would ask for large pages, which may take longer to get and make no product faster."""
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8).numpy()
+
+
+_LARGE = 4 << 20  # bytes from which on memory is kept
+_advantages = _Kept(lambda size: np.empty(size, dtype=np.uint8))
+_weight_gradient = _Kept(_in_small_pages)
+
+
+def unwritten_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``torch.empty_like(x, dtype=dtype)``, for the gradient of a weight."""
+    size = x.numel() * dtype.itemsize
+    if size < _LARGE:
+        return torch.empty_like(x, dtype=dtype)
+    strides = torch.empty_like(x, device="meta").stride()
+    return _weight_gradient.bytes(size).view(dtype).as_strided(x.shape, strides)
+
+
+def forget_memory() -> None:
+    """Give back what is kept from one call to the next."""
+    for pieces in (_advantages.pieces, _weight_gradient.pieces, _kept):
+        pieces.clear()
 
 
 def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_tokens, *rule):
     vote, outcome_weight, process_weight, normalize, std_floor, clamp, reward = rule
-    advantages = _new_floats(num_tokens)
+    size = 4 * num_tokens
+    memory = torch.empty(size, dtype=torch.uint8) if size < _LARGE else _advantages.bytes(size)
+    advantages = memory.view(torch.float32)
     layout = (outcomes, votes, starts, ends, cu_steps, cu_seqlens)
     fits = _native.credit(
         *map(_address, (*layout, groups, advantages)),

@@ -68,12 +68,13 @@ def rows_times_matrix(
 @triton.jit(do_not_specialize=["rows"])
 def add_rows_by_rows(
     left_ptr, left_stride, right_ptr, right_stride, total_ptr, total_stride, count_ptr, rows, height, width,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WRITTEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``total += left.T @ right``, over rows. Neighbouring programs share columns of the left, which is large."""
+    """A tile of ``total += left.T @ right``, over rows, or ``total =``, if nothing is WRITTEN there yet. Neighbouring programs
+    share columns of the left, which is large."""
     tiles = tl.cdiv(width, BLOCK_N)
     number = number_of(count_ptr, 0, rows)
-    if number > 0:
+    if (number > 0) | (not WRITTEN):
         i = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         j = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
@@ -81,7 +82,9 @@ def add_rows_by_rows(
         b_offsets = k[:, None] * right_stride + j[None, :]
         inside = (i < height)[:, None] & (j < width)[None, :]
         total = total_ptr + i.to(tl.int64)[:, None] * total_stride + j[None, :]
-        sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)
+        sum_ = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if WRITTEN:
+            sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)
         for start in range(0, number, BLOCK_K):
             there = start + k < number
             left = tl.load(left_ptr + a_offsets, mask=there[None, :] & (i < height)[:, None], other=0.0)
@@ -132,8 +135,9 @@ def rows_product(rows, matrix, bias, out, count, first=0, targets=None):
             )  # fmt: skip
 
 
-def add_product(left, right, total, count):
-    """``total += left[:count].T @ right[:count]``. [L, M], [L, N], [M, N]; last dimensions contiguous"""
+def add_product(left, right, total, count, written=True):
+    """``total += left[:count].T @ right[:count]``, or ``total =``, if nothing is written there yet. [L, M], [L, N], [M, N];
+    last dimensions contiguous, L above 0"""
     rows, height, width = len(left), left.shape[1], right.shape[1]
     sizes = tiles(left.dtype, left.device)
     if limits(left.device)[0] != 9:  # elsewhere wider tiles do not fit into registers beside the sums before
@@ -143,7 +147,7 @@ def add_product(left, right, total, count):
         with on_device(left):
             add_rows_by_rows[(grid,)](
                 left, left.stride(0), right, right.stride(0), total, total.stride(0), count, rows, height, width,
-                PRECISION=precision(), **sizes,
+                WRITTEN=written, PRECISION=precision(), **sizes,
             )  # fmt: skip
 
 

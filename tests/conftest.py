@@ -93,6 +93,7 @@ INTERPRETED_LINEAR = {
     "test_every_regime": ("-inf-all-float32", "spike-all-float32", "huge-default-bfloat16"),
     "test_every_shape": ("-1-1-float32", "-2-7-bfloat16", "-33-31-float32"),
     "test_what_is_clipped_and_dead_changes_no_denominator": ("default", "gspo_token"),
+    "test_all_of_the_gradient_of_weight_is_written": 4,
     "test_poison_in_masked_rows_changes_nothing": 1,
     "test_nan_in_one_row_shows_and_stays_in_its_gradient": 1,
     "test_softcap": ("default-float32",),

@@ -425,6 +425,35 @@ def test_what_is_clipped_and_dead_changes_no_denominator(name, device, small_chu
     check(head, RULES[name], chunk_bytes=CHUNK, reference_options={})
 
 
+GRADIENTS = {
+    "nowhere": [False] * 96, "in all chunks": [True] * 96, "not in the first chunk": [False] * 40 + [True] * 56,
+    "in the first chunk": [True] * 20 + [False] * 76, "in the last chunk": [False] * 95 + [True],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=IDS[:2])
+@pytest.mark.parametrize("chunk", [32, 96])
+@pytest.mark.parametrize("where", GRADIENTS)
+def test_all_of_the_gradient_of_weight_is_written(where, chunk, dtype, device, small_chunks):
+    """Memory for it has anything in it, here NaN; rows without a gradient are live and clipped."""
+    head = Head(lengths=(70, 26), vocab=41, size=9, dtype=dtype, device=device)
+    head.batch = head.batch.replace(mask=None, credit=torch.ones(96, device=device))
+    head.batch.labels %= 37
+    options = {"chunk_bytes": chunk * 37 * dtype.itemsize, "vocab_size": 37}
+    logp, _ = capo.linear_logprobs(head.hidden, head.weight, head.batch.labels, bias=head.bias, vocab_size=37)
+    clipped = ~torch.tensor(GRADIENTS[where], device=device)
+    head.batch.old_logprobs = logp - clipped.float()
+    out, grads = head.run(LossRule(), **options)
+    assert float(out.clip_fraction) == pytest.approx(float(clipped.float().mean()))
+    exact = Head(dtype=torch.float64)
+    exact.hidden, exact.weight, exact.bias = head.hidden.double(), head.weight[:37].double(), head.bias[:37].double()
+    exact.batch = head.batch.to("cpu").double()
+    _, (_, truth, _) = exact.to("cpu").eager(LossRule())
+    close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1e-3}
+    torch.testing.assert_close(grads[1][:37].cpu().double(), truth, **close)
+    assert not grads[1][37:].any() and bool(grads[1].any()) == (where != "nowhere")
+
+
 # ---- what broken rows may do
 
 
@@ -763,3 +792,50 @@ def test_memory_of_chunks_is_kept_and_never_shared():
         pass
     head = Head(lengths=(5, 3))
     head.run(LossRule())  # in memory that was taken in inference mode
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The backend ``native``, which keeps memory of any size for the gradient of the weight."""
+    native = pytest.importorskip("capo.native")
+    monkeypatch.setattr(native, "_LARGE", 0)
+    native.forget_memory()
+    with capo.use_backend("native"):
+        yield native._weight_gradient.pieces
+    native.forget_memory()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=IDS[:2])
+@pytest.mark.parametrize("chunk", [1, 1 << 30])
+def test_memory_of_the_gradient_of_weight_is_taken_again_once_nobody_has_it(chunk, dtype, kept, small_chunks):
+    head = Head(dtype=dtype)
+    first = head.run(LossRule(), chunk_bytes=chunk)[1][1]
+    part, before = first[3:5], first.clone()
+    second = head.run(LossRule(), chunk_bytes=chunk)[1][1]
+    assert second.data_ptr() != first.data_ptr() and torch.equal(first, second)
+    address = second.data_ptr()
+    del first, second
+    assert head.run(LossRule(), chunk_bytes=chunk)[1][1].data_ptr() == address
+    ((memory, _),) = kept
+    memory[:] = 255  # NaN
+    third = head.run(LossRule(), chunk_bytes=chunk)[1][1]
+    assert third.data_ptr() == address and torch.equal(third, before) and torch.equal(part, before[3:5])
+
+
+def test_kept_memory_has_the_strides_of_the_weight(kept):
+    head = Head(bias=False)
+    _, (_, expected, _) = head.run(LossRule())
+    weight = head.weight.t().contiguous().t().requires_grad_(True)
+    loss = capo.linear_policy_loss(head.hidden, weight, **head.tokens()).loss
+    (grad,) = torch.autograd.grad(loss, weight)  # as it was made; that of .backward() may be a copy
+    assert grad.stride() == (1, 257) and torch.equal(grad, expected)
+
+
+def test_kept_memory_is_given_back_on_request_and_not_kept_where_it_is_far_too_large(kept):
+    small, large = Head(lengths=(5, 3), vocab=11), Head(lengths=(5, 3))
+    for head in (large, small):
+        head.run(LossRule())
+    ((memory, _),) = kept
+    assert memory.nbytes == small.weight.nbytes
+    capo.native.forget_memory()
+    assert not kept

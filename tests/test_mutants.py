@@ -36,6 +36,7 @@ BAD_LABEL = LOSS + "test_a_label_outside_the_vocabulary_is_named"
 INPLACE = LOSS + "test_inplace_gives_the_same_bits_in_the_memory_of_the_logits"
 HEAD = "test_linear_policy_loss.py::"
 HEAD_OPTIONS, DROPPED = HEAD + "test_every_option", HEAD + "test_what_is_clipped"
+WRITTEN = HEAD + "test_all_of_the_gradient"
 HEAD_BITS = HEAD + "test_chunks or test_a_row_does"
 WEIGHTS, RULES = CREDIT + "test_step_weights", CREDIT + "test_every_rule_equals_the_reference"
 PRODUCTS = CREDIT + "test_every_reward_with_every_normalisation"
@@ -367,6 +368,13 @@ ADVANTAGES = [
 ]
 
 CALLS = [
+    Mutant("memory that a tensor has", HEAD + "test_memory_of_the_gradient", "given() is not None or ", ""),
+    Mutant(
+        "strides of the weight forgotten",
+        HEAD + "test_kept_memory_has",
+        "as_strided(x.shape, strides)",
+        "view(x.shape)",
+    ),
     Mutant("order of the votes", WEIGHTS, '("majority", "strict_majority",', '("strict_majority", "majority",'),
     Mutant("order of the normalisations", PRODUCTS, '("group_tokens", "group_mean",', '("group_mean", "group_tokens",'),
     Mutant("order of the kl estimators", OPTIONS, '("none", "k1", "k2", "k3")', '("none", "k2", "k1", "k3")'),
@@ -447,9 +455,27 @@ LINEAR = [
     ),
     Mutant("ratios of parts of a response", HEAD_OPTIONS, 'by_response = rule.ratio != "token"', "by_response = False"),
     Mutant("rows of the first response again", HEAD_BITS, "(first + kept.nonzero()", "(kept.nonzero()"),
-    Mutant("the last chunk's gradient of weight", HEAD_OPTIONS, "part += torch.mm(", "part[:] = torch.mm("),
+    Mutant("the last chunk's gradient of weight", HEAD_OPTIONS, "part += product", "part.copy_(product)"),
+    Mutant(
+        "the first chunk adds to nothing",
+        WRITTEN,
+        "if written:\n                    part +=",
+        "if True:\n                    part +=",
+    ),
+    Mutant(
+        "the only chunk adds to nothing", WRITTEN, "grad.t(), inputs, beta=int(written)", "grad.t(), inputs, beta=1"
+    ),
+    Mutant("gradient of padding is not written", WRITTEN, "self.total[self.head.width :].zero_()", "pass"),
+    Mutant(
+        "without live rows nothing is written",
+        WRITTEN,
+        "torch.zeros_like(self.head.whole",
+        "torch.empty_like(self.head.whole",
+    ),
     Mutant("the last chunk's gradient of bias", HEAD_OPTIONS, "part += columns.sum", "part[:] = columns.sum"),
-    Mutant("gradient of weight summed in 16 bits", HEAD + "test_the_error", "torch.float32 if several else x", "x"),
+    Mutant(
+        "gradient of weight summed in 16 bits", HEAD + "test_the_error", "torch.float32 if several else head", "head"
+    ),
     Mutant("no derivative of the softcap", HEAD + "test_softcap", " / torch.cosh(", " / torch.ones_like("),
     Mutant(
         "no softcap", HEAD + "test_softcap", "torch.tanh(uncapped.float() / self.softcap) * self.softcap", "uncapped"
@@ -656,8 +682,10 @@ PRODUCTS_OF_ROWS = [
         "the last product only",
         TRITON + "test_any_number and all",
         "sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)",
-        "sum_ = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
+        "sum_ += 0.0",
     ),
+    Mutant("the first product adds to nothing", COUNTS, "        if WRITTEN:\n", "        if True:\n"),
+    Mutant("without rows nothing is written", COUNTS, "(number > 0) | (not WRITTEN)", "number > 0"),
     Mutant("the last sum of columns only", COUNTS, "total + tl.sum(sum_, 0)", "tl.sum(sum_, 0)"),
 ]
 LINEAR_ROWS = [

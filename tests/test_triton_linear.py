@@ -354,9 +354,12 @@ def test_products_of_the_first_rows_only(sizes, dtype, device):
         broken[min(number, rows) :] = math.nan
         total, sums = torch.full((depth, depth), 3.0, device=device), torch.full((depth,), 3.0, device=device)
         backend.add_product(broken, broken, total, count)
+        new = torch.full_like(total, math.nan)
+        backend.add_product(broken, broken, new, count, written=False)
         backend.add_sum(broken, sums, count)
         some = a[:number].double()
         torch.testing.assert_close(total.double() - 3, some.t() @ some, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(new.double(), some.t() @ some, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(sums.double() - 3, some.sum(0), rtol=1e-5, atol=1e-5)
 
 
