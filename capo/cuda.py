@@ -69,7 +69,7 @@ def _call(name: str, tensor: Tensor, *arguments) -> None:
         raise RuntimeError(f"{name}: CUDA: {_module.error_text(error)}")
 
 
-def _credit_args(layout, groups, advantages, rule) -> Any:
+def _credit_args(layout, groups, advantages, rule):
     """A credit as the kernels take it. Tensors: ``layout`` without groups, and where the advantages go."""
     vote, outcome_weight, process_weight, normalize, std_floor, clamp, reward = rule
     if checks_values(advantages.device.type):

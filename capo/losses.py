@@ -178,11 +178,11 @@ def policy_loss(
     Raises:
         ValueError: shapes, dtypes, devices, labels or mask values that do not fit, named.
     """
-    advantages, credit = (None, credit) if isinstance(credit, Credit) else (credit, None)
+    advantages, of_groups = (None, credit) if isinstance(credit, Credit) else (credit, None)
     return PolicyLoss(
         *ops.policy_loss(
             logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, inplace,
-            credit, rows,
+            of_groups, rows,
         )
     )  # fmt: skip
 

@@ -62,12 +62,13 @@ def credit(credit: Credit, num_tokens: int | None = None) -> Tensor:
     """Advantages of a ``Credit``. float32 [N]"""
     if num_tokens is None:
         num_tokens = int(credit.cu_seqlens[-1])
-    cu_seqlens = credit.cu_seqlens.to(torch.int64).contiguous()
-    return torch.ops.capo.credit(*_credit_tensors(credit, cu_seqlens), num_tokens, *_fields(credit.rule))
+    return torch.ops.capo.credit(*_credit_tensors(credit), num_tokens, *_fields(credit.rule))
 
 
-def _credit_tensors(credit: Credit, cu_seqlens: Tensor) -> list[Tensor]:
-    """The tensors of a ``Credit`` as the ops take them."""
+def _credit_tensors(credit: Credit, cu_seqlens: Tensor | None = None) -> list[Tensor]:
+    """The tensors of a ``Credit`` as the ops take them, with its ``cu_seqlens`` where they were made ready before."""
+    if cu_seqlens is None:
+        cu_seqlens = credit.cu_seqlens.to(torch.int64).contiguous()
     return [
         credit.outcomes.detach().to(torch.float32).contiguous(),
         credit.votes.contiguous(),
@@ -219,8 +220,8 @@ def policy_loss(
             credit.outcomes.device == logits.device,
             lambda: f"policy_loss: credit is on {credit.outcomes.device}, logits on {logits.device}",
         )
-        own = tokens[3] if credit.cu_seqlens is cu_seqlens else credit.cu_seqlens.to(torch.int64).contiguous()
-        args = (*args, *_credit_tensors(credit, own), *_fields(credit.rule))
+        same = tokens[3] if credit.cu_seqlens is cu_seqlens else None
+        args = (*args, *_credit_tensors(credit, same), *_fields(credit.rule))
     if not need_grad or torch.compiler.is_compiling():
         if inplace and need_grad:
             raise ValueError("policy_loss: inplace=True is for eager mode; leave it out under torch.compile")

@@ -172,6 +172,51 @@ def test_threads_that_are_drawn_by_lot_give_the_same_bits(device):
     assert same([everything(batch, RULE) for _ in range(5)])
 
 
+# ---- rows of some tokens only
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_some_tokens_have_the_bits_of_all_in_every_form(dtype, device, monkeypatch):
+    batch = random_batch(lengths=(6, 0, 7), vocab=3100, dtype=dtype).to(device)
+    expected = everything(batch, LossRule())
+    rows = capo.live_rows(batch.credit, LossRule(), batch.mask)
+    assert 0 < len(rows) < 13
+    few = batch.replace(logits=batch.logits[rows])
+    for form in cuda.FORMS:
+        monkeypatch.setattr(cuda, "_form", form)
+        assert same([(*expected[:-1], expected[-1][rows]), everything(few, LossRule(), rows=rows)])
+    monkeypatch.setattr(cuda, "_form", "chosen")
+    play(clusters=False, multiprocessors=50)
+    assert same([(*expected[:-1], expected[-1][rows]), everything(few, LossRule(), rows=rows)])
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 2, 5], [-1, 2, 3], [2, 2, 3], [3, 1, 4], [0, 1, 2**62], [-(2**63), 1, 2]], ids=str
+)
+@pytest.mark.parametrize("form", cuda.FORMS[1:3])
+def test_unchecked_rows_that_do_not_fit_give_a_loss_of_nan(rows, form, device, monkeypatch):
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(3, 2), vocab=1500)
+    batch = batch.replace(mask=None, credit=torch.ones(5), old_logprobs=None).to(device)
+    rows = torch.tensor(rows, device=device)
+    out, grad = run(batch.replace(logits=batch.logits[:3]), LossRule(), rows=rows)
+    assert bool(out.loss.isnan()) and out.logprobs.shape == (5,)
+    outside = (rows < 0) | (rows >= 5)
+    assert not grad[outside].any() and bool(grad[~outside].any(-1).all())
+
+
+def test_rows_of_some_tokens_take_no_more_launches(device):
+    if GPU:
+        pytest.skip("the emulator counts launches")
+    credit = random_credit(4, num_responses=9)
+    batch = random_batch(lengths=credit.cu_seqlens.diff().tolist(), vocab=2000)
+    batch = batch.replace(credit=credit, cu_seqlens=credit.cu_seqlens)
+    rows = capo.live_rows(credit, RULE, batch.mask)
+    before = emulated.module().launches()
+    run(batch.replace(logits=batch.logits[rows]), RULE, rows=rows)
+    assert emulated.module().launches() == before + 3
+
+
 # ---- credit
 
 

@@ -8,8 +8,16 @@ import numerics
 import pytest
 import torch
 from batches import (
-    Batch, closed_form_gradient, credit_to, lengths_to_cu, random_batch, random_credit, reference, run, slopes,
-)  # fmt: skip
+    Batch,
+    closed_form_gradient,
+    credit_to,
+    lengths_to_cu,
+    random_batch,
+    random_credit,
+    reference,
+    run,
+    slopes,
+)
 
 import capo
 from capo import LossRule
