@@ -149,7 +149,7 @@ class Pass {
   int64_t num_active = 0;
   const bool stream;
 
-  bool active(int64_t token) const { return args.mask == nullptr || args.mask[token]; }
+  bool active(int64_t row) const { return args.mask == nullptr || args.mask[row]; }
 
   int64_t token_of(int64_t row) const { return args.token_of == nullptr ? row : args.token_of[row]; }
 
