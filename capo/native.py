@@ -127,18 +127,9 @@ def _rule(rule) -> tuple:
 
 
 def policy_loss(
-    logits,
-    grad,
-    labels,
-    advantages,
-    old_logprobs,
-    cu_seqlens,
-    ref_logprobs,
-    mask,
-    rollout_logprobs,
-    *rule,
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule,
     token_of=None,
-):
+):  # fmt: skip
     (rows, vocab), tokens = logits.shape, len(labels)
     metrics = tuple(torch.empty(shape, dtype=torch.float32) for shape in ((), (tokens,), (tokens,), (), ()))
     fits = _native.policy_loss(

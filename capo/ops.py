@@ -94,7 +94,10 @@ _CREDIT_ARGS = (
     "str normalize='', float std_floor=0, float? clamp=None, str reward=''"
 )
 # Either advantages or the tensors of a credit and its rule.
-_POLICY_LOSS_ARGS = f"Tensor labels, Tensor? advantages, {_VALUE_ARGS}, bool need_grad, {_RULE_ARGS}, Tensor? token_of=None, {_CREDIT_ARGS}"
+_POLICY_LOSS_ARGS = (
+    f"Tensor labels, Tensor? advantages, {_VALUE_ARGS}, bool need_grad, {_RULE_ARGS}, "
+    f"Tensor? token_of=None, {_CREDIT_ARGS}"
+)
 _lib.define(
     f"policy_loss(Tensor logits, {_POLICY_LOSS_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_PT2
 )

@@ -438,18 +438,9 @@ def new_gradient(logits):
 
 
 def policy_loss(
-    logits,
-    grad,
-    labels,
-    advantages,
-    old_logprobs,
-    cu_seqlens,
-    ref_logprobs,
-    mask,
-    rollout_logprobs,
-    *rule,
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule,
     token_of=None,
-):
+):  # fmt: skip
     check_rows("policy_loss", logits, labels, mask, cu_seqlens, token_of)
     args = labels, advantages, old_logprobs, cu_seqlens, LossRule(*rule), ref_logprobs, mask, rollout_logprobs, token_of
     with torch.no_grad():

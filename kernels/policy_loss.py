@@ -75,10 +75,10 @@ def scale_of(scale, active_ptr):
 @triton.jit(do_not_specialize=["stride", "grad_stride", "tokens", "units"])
 def loss_of_rows(
     logits_ptr, stride, grad_ptr, grad_stride, token_of_ptr, tokens, labels_ptr, advantages_ptr, old_ptr, ref_ptr,
-    rollout_ptr, weights_ptr, active_ptr, logprobs_ptr, entropy_ptr, loss_ptr, kl_ptr, clipped_ptr, units, ratio_low, ratio_high, clip_dual,
-    kl_coef, entropy_coef, importance_cap, scale, rate, rest, lowest, inverse, inverse_rest, CISPO: tl.constexpr, KL: tl.constexpr,
-    ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    rollout_ptr, weights_ptr, active_ptr, logprobs_ptr, entropy_ptr, loss_ptr, kl_ptr, clipped_ptr, units, ratio_low,
+    ratio_high, clip_dual, kl_coef, entropy_coef, importance_cap, scale, rate, rest, lowest, inverse, inverse_rest,
+    CISPO: tl.constexpr, KL: tl.constexpr, ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """All of one row whose ratio is its own: one read from memory, a second mostly from the cache, one write."""
     place = tl.program_id(0).to(tl.int64)
@@ -231,8 +231,8 @@ def metrics(
     loss_ptr, clip_fraction_ptr, mean_kl_ptr, losses_ptr, kl_ptr, clipped_ptr, weights_ptr, active_ptr, cu_seqlens_ptr,
     token_of_ptr, rows, places, responses, scale, TOKEN_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all tokens, in one program and one order. Cumulative lengths, or tokens of the ``places`` rows of logits,
-    that do not fit give a loss of NaN."""
+    """Sums over all tokens, in one program and one order. Cumulative lengths, or tokens of the ``places`` rows of
+    logits, that do not fit give a loss of NaN."""
     lanes = tl.arange(0, BLOCK)
     loss = tl.zeros([BLOCK], tl.float64)
     kl = tl.zeros([BLOCK], tl.float64)
@@ -290,18 +290,9 @@ def formula_of(rule):
 
 
 def policy_loss(
-    logits,
-    grad,
-    labels,
-    advantages,
-    old_logprobs,
-    cu_seqlens,
-    ref_logprobs,
-    mask,
-    rollout_logprobs,
-    *rule,
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule,
     token_of=None,
-):
+):  # fmt: skip
     """(loss, logprobs, entropy, clip_fraction, kl); the gradient goes into ``grad``, which may be the logits, or None."""
     ratio, reduce, constant = rule[3:6]
     kl_coef, _, entropy_coef, temperature = rule[6:10]
@@ -343,8 +334,9 @@ def policy_loss(
         out = losses, kls, clipped
         if len(logits) and (token_of is not None or (not sequence and splits == 1)):
             loss_of_rows[(len(logits),)](
-                logits, logits.stride(0), grad, 0 if grad is None else grad.stride(0), token_of, rows, labels, *per_token, weights, each,
-                logprobs, entropy, *out, units, *formula, *rates, **kind, **aligned, **sizes_of(logits),
+                logits, logits.stride(0), grad, 0 if grad is None else grad.stride(0), token_of, rows, labels,
+                *per_token, weights, each, logprobs, entropy, *out, units, *formula, *rates, **kind, **aligned,
+                **sizes_of(logits),
             )  # fmt: skip
         elif len(logits):
             stats = new(rows, 4)
@@ -365,7 +357,7 @@ def policy_loss(
                     chunks, splits, entropy_coef, scale, *rates, **aligned, **sizes_of(logits),
                 )  # fmt: skip
         metrics[(1,)](
-            loss, clip_fraction, mean_kl, *out, weights, active, cu_seqlens, token_of, rows, len(logits), responses, scale,
-            TOKEN_MEAN=reduce == "token_mean", BLOCK=_TOKENS, num_warps=8, enable_fp_fusion=False,
+            loss, clip_fraction, mean_kl, *out, weights, active, cu_seqlens, token_of, rows, len(logits), responses,
+            scale, TOKEN_MEAN=reduce == "token_mean", BLOCK=_TOKENS, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return loss, logprobs, entropy, clip_fraction, mean_kl
