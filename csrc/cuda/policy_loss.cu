@@ -77,20 +77,21 @@ struct LossRows {
   int64_t tiles_of_block;
 };
 
+CAPO_DEVICE int64_t token_of(const PolicyLoss& l, int64_t row) { return l.token_of == nullptr ? row : l.token_of[row]; }
+
 template <Dtype kType, bool kOnChip, int kRowWarps>
 CAPO_DEVICE void loss_of_row(const LossRows& a) {
   const PolicyLoss& l = a.loss;
   const int64_t row = device::block() / a.cluster, vocab = l.head.vocab, tiles = tiles_of(vocab);
-  const int64_t token = l.token_of == nullptr ? row : l.token_of[row];
   const int rank = static_cast<int>(device::block() % a.cluster);
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   const int64_t first = rank * a.tiles_of_block + warp;
   const int64_t end = (rank + 1) * a.tiles_of_block, last = end < tiles ? end : tiles;
-  char* const grad = l.grad == nullptr ? nullptr : row_at<kType>(l.grad, row, l.grad_stride);
+  const int64_t token = token_of(l, row);  // below it is looked up again, as registers are short
   const bool inside = token >= 0 && token < l.tokens;
-  double weight = inside ? a.w.weights[token] : 0.0;
-  if (weight == 0.0) {
-    if (grad != nullptr) write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
+  if (!inside || a.w.weights[token] == 0.0) {
+    if (l.grad != nullptr)
+      write_zeros<kType>(row_at<kType>(l.grad, row, l.grad_stride), first, last, kRowWarps, vocab, lane);
     if (inside && rank == 0 && device::thread() == 0) l.logprobs[token] = l.entropy[token] = 0.f;
     return;
   }
@@ -100,10 +101,11 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
   char* const kept = reinterpret_cast<char*>(stats) + (tiles * sizeof(TileStats) + 15) / 16 * 16;
   constexpr int64_t kBytes = kTile * Format<kType>::kSize;
   const char* const logits = row_at<kType>(l.head.logits, row, l.head.stride);
-  const int64_t label = l.head.labels[token];
-  const bool known = label >= 0 && label < vocab;
   float at_label = not_a_number();
-  if (known && device::thread() == 0) at_label = Format<kType>::load(logits, label);
+  if (device::thread() == 0) {
+    const int64_t label = l.head.labels[token_of(l, row)];
+    if (label >= 0 && label < vocab) at_label = Format<kType>::load(logits, label);
+  }
   Exponent<kType> exponent(a.rate);
   for (int64_t tile = first; tile < last; tile += kRowWarps) {
     Tile<kType> z;
@@ -129,6 +131,8 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
     if (lane == 0) {
       result.at_label = at_label;
       finish_row(result, a.rate);
+      const int64_t token = token_of(l, row);
+      double weight = a.w.weights[token];
       const float ratio = own_log_ratio(l.values, token, result.logp);
       const TokenTerms terms = token_terms(token_input(l.values, token, result.logp, result.entropy, ratio), l.rule);
       if (rank == 0) {
@@ -141,10 +145,11 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
       if (l.rule.reduce == Reduce::kTokenMean) weight *= 1.0 / static_cast<double>(*a.w.active);
       const double slope = (static_cast<double>(terms.through_ratio) + terms.through_logp) * weight;
       const double entropy_slope = -static_cast<double>(l.rule.entropy_coef) * weight;
-      *how = grad_factors(result, slope, entropy_slope, l.rule.temperature, label);
+      *how = grad_factors(result, slope, entropy_slope, l.rule.temperature, l.head.labels[token]);
     }
   }
-  if (grad == nullptr) return;
+  if (l.grad == nullptr) return;
+  char* const grad = row_at<kType>(l.grad, row, l.grad_stride);
   device::sync_block();
   const GradFactors factors = *how;
   if (factors.zero) return write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
