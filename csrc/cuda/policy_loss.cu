@@ -101,10 +101,10 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
   char* const kept = reinterpret_cast<char*>(stats) + (tiles * sizeof(TileStats) + 15) / 16 * 16;
   constexpr int64_t kBytes = kTile * Format<kType>::kSize;
   const char* const logits = row_at<kType>(l.head.logits, row, l.head.stride);
-  float at_label = not_a_number();
-  if (device::thread() == 0) {
+  if (device::thread() == 0) {  // kept in memory of its own, as registers are short
     const int64_t label = l.head.labels[token_of(l, row)];
-    if (label >= 0 && label < vocab) at_label = Format<kType>::load(logits, label);
+    const bool known = label >= 0 && label < vocab;
+    how->label_grad = known ? Format<kType>::load(logits, label) : not_a_number();
   }
   Exponent<kType> exponent(a.rate);
   for (int64_t tile = first; tile < last; tile += kRowWarps) {
@@ -129,7 +129,7 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
     Row result = {};
     result.stats = put_together(stats, tiles, a.rate, lane);
     if (lane == 0) {
-      result.at_label = at_label;
+      result.at_label = how->label_grad;
       finish_row(result, a.rate);
       const int64_t token = token_of(l, row);
       double weight = a.w.weights[token];
