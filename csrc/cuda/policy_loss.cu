@@ -167,7 +167,7 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
 }
 
 template <Dtype kType>
-CAPO_KERNEL(kThreads, 4)
+CAPO_KERNEL(kThreads, kType == Dtype::kFloat32 ? 3 : 4)
 loss_of_rows_on_chip(const LossRows a) {
   if constexpr (device::kHasClusters) loss_of_row<kType, true, kWarps>(a);
 }
