@@ -160,6 +160,7 @@ def predictions(kernels: list[Kernel]) -> str:
     ]
 
     def add(what, kernel, live, reads, writes, parts, memory=0):
+        """``live``: share of the rows that is read ``reads`` times; ``writes``: rows written, for each of all."""
         work = sum(kernel.instructions.get(part, 0.0) for part in parts)
         bytes_of_memory = rows * row * (live * min(reads, 1) + writes)
         times = bytes_of_memory / DRAM, rows * row * (live * reads + writes) / L2, rows * live * vocab * work / lanes
@@ -169,6 +170,8 @@ def predictions(kernels: list[Kernel]) -> str:
     on_chip, two_passes = (by_name[f"loss_of_rows_{form}", "bfloat16"] for form in ("on_chip", "in_two_passes"))
     for live in (1.0, 0.5, 0.25, 0.05):
         add(f"loss and gradient on chip, live {live:g}", on_chip, live, 1, 1, ("sums", "gradient"), memory)
+    for live in (0.5, 0.25, 0.05):
+        add(f"the same of live rows only, live {live:g}", on_chip, live, 1, live, ("sums", "gradient"), memory)
     add("loss and gradient in two passes, live 1", two_passes, 1.0, 2, 1, ("sums", "gradient"))
     add("log-probabilities and entropy", by_name["tiles_of_rows", "bfloat16"], 1.0, 1, 0, ("sums",))
     tokens, steps, votes = 4096 * 8192, 4096 * 32, 8

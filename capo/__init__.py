@@ -22,6 +22,7 @@ _EXPORTS = {
     "TokenBytes": "capo.steps",
     "linear_logprobs": "capo.losses",
     "linear_policy_loss": "capo.losses",
+    "live_rows": "capo.losses",
     "logprobs": "capo.losses",
     "loss_shares": "capo.distributed",
     "patch_causal_lm": "capo.patch",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from capo.losses import PolicyLoss as PolicyLoss
     from capo.losses import linear_logprobs as linear_logprobs
     from capo.losses import linear_policy_loss as linear_policy_loss
+    from capo.losses import live_rows as live_rows
     from capo.losses import logprobs as logprobs
     from capo.losses import policy_loss as policy_loss
     from capo.patch import PolicyInputs as PolicyInputs

@@ -69,22 +69,18 @@ def _call(name: str, tensor: Tensor, *arguments) -> None:
         raise RuntimeError(f"{name}: CUDA: {_module.error_text(error)}")
 
 
-def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_tokens, *rule):
+def _credit_args(layout, groups, advantages, rule):
+    """A credit as the kernels take it. Tensors: ``layout`` without groups, and where the advantages go."""
     vote, outcome_weight, process_weight, normalize, std_floor, clamp, reward = rule
-    layout = (outcomes, votes, starts, ends, cu_steps, cu_seqlens)
-    if checks_values(outcomes.device.type):
-        reference.check_credit(*layout, num_tokens)
-    advantages = torch.empty(num_tokens, dtype=torch.float32, device=outcomes.device)
-    if outcomes.numel() == 0:
-        return advantages.fill_(math.nan)
-    _call(
-        "credit",
-        outcomes,
+    if checks_values(advantages.device.type):
+        reference.check_credit(*layout, len(advantages))
+    outcomes, votes, starts = layout[:3]
+    return _module.Credit(
         *map(native._address, (*layout, groups, advantages)),
         outcomes.numel(),
         starts.numel(),
         votes.shape[1],
-        num_tokens,
+        len(advantages),
         native._VOTES.index(vote),
         outcome_weight,
         process_weight,
@@ -93,6 +89,14 @@ def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_toke
         math.inf if clamp is None else clamp,
         native._REWARDS.index(reward),
     )
+
+
+def credit(outcomes, votes, starts, ends, cu_steps, cu_seqlens, groups, num_tokens, *rule):
+    advantages = torch.empty(num_tokens, dtype=torch.float32, device=outcomes.device)
+    args = _credit_args((outcomes, votes, starts, ends, cu_steps, cu_seqlens), groups, advantages, rule)
+    if outcomes.numel() == 0:
+        return advantages.fill_(math.nan)
+    _call("credit", outcomes, args)
     return advantages
 
 
@@ -108,13 +112,16 @@ def new_gradient(logits: Tensor) -> Tensor:
 
 
 def policy_loss(
-    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
-):
-    rows, vocab = logits.shape
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule,
+    token_of=None, credit=None,
+):  # fmt: skip
+    (rows, vocab), tokens = logits.shape, len(labels)
     if checks_values(logits.device.type):
-        reference.check_rows("policy_loss", logits, labels, mask, cu_seqlens)
+        reference.check_rows("policy_loss", logits, labels, mask, cu_seqlens, token_of)
     new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
-    metrics = tuple(new(shape) for shape in ((), (rows,), (rows,), (), ()))
+    # Tokens without a row of logits are visited by nobody.
+    each = new if token_of is None else functools.partial(torch.zeros, dtype=torch.float32, device=logits.device)
+    metrics = new(()), each(tokens), each(tokens), new(()), new(())
     memory = []
 
     def give(size: int) -> int:
@@ -131,14 +138,30 @@ def policy_loss(
         native._DTYPES.index(logits.dtype),
         rows,
         vocab,
+        tokens,
         cu_seqlens.numel() - 1,
-        *map(native._address, (labels, advantages, old_logprobs, ref_logprobs, rollout_logprobs, mask, cu_seqlens)),
+        *map(
+            native._address,
+            (token_of, labels, advantages, old_logprobs, ref_logprobs, rollout_logprobs, mask, cu_seqlens),
+        ),
         *native._rule(rule),
         *map(native._address, metrics),
+        credit,
         FORMS.index(_form),
         give,
     )
     return metrics
+
+
+def policy_loss_of_credit(credit, credit_rule, logits, grad, labels, old_logprobs, cu_seqlens, *args, token_of=None):
+    """``policy_loss`` of a credit that has the same ``cu_seqlens``: its advantages are made in the launch that weighs the
+    tokens. ``args``: as of ``policy_loss``."""
+    *layout, groups = credit
+    advantages = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+    made = _credit_args(layout, groups, advantages, credit_rule)
+    return policy_loss(
+        logits, grad, labels, advantages, old_logprobs, cu_seqlens, *args, token_of=token_of, credit=made
+    )
 
 
 def logprobs(logits, labels, temperature, mask):

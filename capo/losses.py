@@ -133,6 +133,7 @@ def policy_loss(
     mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     inplace: bool = False,
+    rows: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped policy loss of packed responses, with the gradient of the logits made in the same pass.
 
@@ -149,6 +150,12 @@ def policy_loss(
     masked. What stands in a masked row has no influence, NaN included. Bitwise equal from run to run; a row's result
     does not depend on the rest of the batch or on the number of threads.
 
+    With ``rows`` the logits of dead tokens need not be made: loss, metrics and the gradient of each row have the bits that
+    all logits give::
+
+        rows = capo.live_rows(credit, rule, mask)
+        loss = capo.policy_loss(head(hidden[rows]), labels, credit, old_logprobs, cu_seqlens, rule, mask=mask, rows=rows)
+
     Args:
         logits: [N, V] float32, bfloat16 or float16, one row for every response token, made by the position before it;
             any row stride, last dimension contiguous.
@@ -162,19 +169,41 @@ def policy_loss(
         mask: [N] bool (or 0/1), True for the tokens that count; None: all.
         rollout_logprobs: [N] float, as the sampler reported them; needed if ``rule.importance_cap`` is set.
         inplace: write the gradient over ``logits``; they must not be used afterwards, nor by their own backward.
+        rows: [n] int64, rising: ``logits`` are [n, V], and their row i is that of token ``rows[i]``. All other tokens count
+            as dead. For ``ratio="token"`` only. None: there is a row for every token.
 
     Returns:
-        PolicyLoss: ``loss`` is differentiable with respect to ``logits`` only.
+        PolicyLoss: ``loss`` is differentiable with respect to ``logits`` only; ``logprobs`` and ``entropy`` are [N].
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or mask values that do not fit, named.
     """
-    advantages = ops.credit(credit, logits.shape[0]) if isinstance(credit, Credit) else credit
+    advantages, of_groups = (None, credit) if isinstance(credit, Credit) else (credit, None)
     return PolicyLoss(
         *ops.policy_loss(
-            logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, inplace
+            logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, inplace,
+            of_groups, rows,
         )
-    )
+    )  # fmt: skip
+
+
+def live_rows(credit: Credit | Tensor, rule: LossRule = LossRule(), mask: Tensor | None = None) -> Tensor:
+    """The tokens that can have a gradient: those whose logits ``policy_loss(..., rows=...)`` needs. int64 [n]
+
+    Equals, for a rule without KL and entropy terms::
+
+        ((advantages != 0) & mask).nonzero()[:, 0]
+
+    On a GPU it waits for their number.
+
+    Args:
+        credit, rule, mask: as of ``policy_loss``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, named; a ratio of whole responses.
+    """
+    advantages = credit.advantages() if isinstance(credit, Credit) else credit
+    return ops.live_rows(advantages, rule, mask)
 
 
 def linear_policy_loss(

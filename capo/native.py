@@ -157,10 +157,11 @@ def _rule(rule) -> tuple:
 
 
 def policy_loss(
-    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
-):
-    rows, vocab = logits.shape
-    metrics = tuple(torch.empty(shape, dtype=torch.float32) for shape in ((), (rows,), (rows,), (), ()))
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule,
+    token_of=None,
+):  # fmt: skip
+    (rows, vocab), tokens = logits.shape, len(labels)
+    metrics = tuple(torch.empty(shape, dtype=torch.float32) for shape in ((), (tokens,), (tokens,), (), ()))
     fits = _native.policy_loss(
         logits.data_ptr(),
         logits.stride(0),
@@ -170,14 +171,15 @@ def policy_loss(
         _DTYPES.index(logits.dtype),
         rows,
         vocab,
+        tokens,
         cu_seqlens.numel() - 1,
-        *map(_address, (labels, advantages, old_logprobs, ref_logprobs, rollout_logprobs, mask, cu_seqlens)),
+        *map(_address, (token_of, labels, advantages, old_logprobs, ref_logprobs, rollout_logprobs, mask, cu_seqlens)),
         *_rule(rule),
         *map(_address, metrics),
         torch.get_num_threads(),
     )
     if not fits:
-        reference.check_rows("policy_loss", logits, labels, mask, cu_seqlens)
+        reference.check_rows("policy_loss", logits, labels, mask, cu_seqlens, token_of)
     return metrics
 
 

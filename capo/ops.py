@@ -62,61 +62,93 @@ def credit(credit: Credit, num_tokens: int | None = None) -> Tensor:
     """Advantages of a ``Credit``. float32 [N]"""
     if num_tokens is None:
         num_tokens = int(credit.cu_seqlens[-1])
-    return torch.ops.capo.credit(
+    return torch.ops.capo.credit(*_credit_tensors(credit), num_tokens, *_fields(credit.rule))
+
+
+def _credit_tensors(credit: Credit, cu_seqlens: Tensor | None = None) -> list[Tensor]:
+    """The tensors of a ``Credit`` as the ops take them, with its ``cu_seqlens`` where they were made ready before."""
+    if cu_seqlens is None:
+        cu_seqlens = credit.cu_seqlens.to(torch.int64).contiguous()
+    return [
         credit.outcomes.detach().to(torch.float32).contiguous(),
         credit.votes.contiguous(),
         credit.steps.starts,
         credit.steps.ends,
         credit.steps.cu_steps,
-        credit.cu_seqlens.to(torch.int64).contiguous(),
+        cu_seqlens,
         credit.groups.to(torch.int64).contiguous(),
-        num_tokens,
-        *_fields(credit.rule),
-    )
+    ]
 
 
-# ---- policy_loss: logits, labels, advantages -> loss, metrics and the gradient of the logits
+# ---- policy_loss: logits, labels, advantages or a credit -> loss, metrics and the gradient of the logits
 
-_TOKEN_ARGS = (
-    "Tensor labels, Tensor advantages, Tensor? old_logprobs, Tensor cu_seqlens, Tensor? ref_logprobs, Tensor? mask, "
-    "Tensor? rollout_logprobs"
-)
+_VALUE_ARGS = "Tensor? old_logprobs, Tensor cu_seqlens, Tensor? ref_logprobs, Tensor? mask, Tensor? rollout_logprobs"
+_TOKEN_ARGS = f"Tensor labels, Tensor advantages, {_VALUE_ARGS}"
 _RULE_ARGS = (
     "float clip_low, float clip_high, float? clip_dual, str ratio, str reduce, float? constant, float kl_coef, str kl, "
     "float entropy_coef, float temperature, str objective, float? importance_cap"
 )
-_POLICY_LOSS_ARGS = f"{_TOKEN_ARGS}, bool need_grad, {_RULE_ARGS}"
+_CREDIT_ARGS = (
+    "Tensor? outcomes=None, Tensor? votes=None, Tensor? starts=None, Tensor? ends=None, Tensor? cu_steps=None, "
+    "Tensor? credit_cu_seqlens=None, Tensor? groups=None, str vote='', float outcome_weight=0, float process_weight=0, "
+    "str normalize='', float std_floor=0, float? clamp=None, str reward=''"
+)
+# Either advantages or the tensors of a credit and its rule.
+_POLICY_LOSS_ARGS = (
+    f"Tensor labels, Tensor? advantages, {_VALUE_ARGS}, bool need_grad, {_RULE_ARGS}, "
+    f"Tensor? token_of=None, {_CREDIT_ARGS}"
+)
 _lib.define(
     f"policy_loss(Tensor logits, {_POLICY_LOSS_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_PT2
 )
 _lib.define(f"policy_loss_(Tensor(a!) logits, {_POLICY_LOSS_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.data_ptr() == y.data_ptr()
+
+
+def _policy_loss_into(
+    grad, logits, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, need_grad, *rules
+):
+    # Where all else is left out, PyTorch leaves out the token_of of None, too.
+    rule, (token_of, *credit) = rules[:12], rules[12:] or (None,)
+    values = old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
+    if advantages is None:
+        tensors, credit_rule = credit[:7], credit[7:]
+        backend = backend_with("policy_loss_of_credit", logits.device)
+        if backend is not None and _same_memory(tensors[5], cu_seqlens):
+            run = backend.policy_loss_of_credit
+            return run(tensors, credit_rule, logits, grad, labels, *values, token_of=token_of)
+        advantages = kernel("credit", logits.device)(*tensors, labels.shape[0], *credit_rule)
+    run = kernel("policy_loss", logits.device)
+    return run(logits, grad, labels, advantages, *values, token_of=token_of)
+
+
 @torch.library.impl(_lib, "policy_loss", "CompositeExplicitAutograd")
 def _policy_loss(logits, *args):
     grad = kernel("new_gradient", logits.device)(logits) if args[7] else None
-    metrics = kernel("policy_loss", logits.device)(logits, grad, *args[:7], *args[8:])
-    return (*metrics, logits.new_empty(0) if grad is None else grad)
+    return (*_policy_loss_into(grad, logits, *args), logits.new_empty(0) if grad is None else grad)
 
 
 @torch.library.impl(_lib, "policy_loss_", "CompositeExplicitAutograd")
 def _policy_loss_inplace(logits, *args):
-    return kernel("policy_loss", logits.device)(logits, logits, *args[:7], *args[8:])
+    return _policy_loss_into(logits, logits, *args)
 
 
-def _policy_loss_metrics_fake(logits):
-    rows, scalar = (logits.shape[0],), ()
-    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in (scalar, rows, rows, scalar, scalar))
+def _policy_loss_metrics_fake(of_tokens):
+    tokens, scalar = (of_tokens.shape[0],), ()
+    return tuple(of_tokens.new_empty(shape, dtype=torch.float32) for shape in (scalar, tokens, tokens, scalar, scalar))
 
 
 @torch.library.register_fake("capo::policy_loss", lib=_lib)
 def _policy_loss_fake(logits, *args):
-    return (*_policy_loss_metrics_fake(logits), logits.new_empty(logits.shape if args[7] else (0,)))
+    return (*_policy_loss_metrics_fake(args[0]), logits.new_empty(logits.shape if args[7] else (0,)))
 
 
 @torch.library.register_fake("capo::policy_loss_", lib=_lib)
 def _policy_loss_inplace_fake(logits, *args):
-    return _policy_loss_metrics_fake(logits)
+    return _policy_loss_metrics_fake(args[0])
 
 
 def _policy_loss_setup(ctx, inputs, output):
@@ -128,8 +160,8 @@ def _policy_loss_setup(ctx, inputs, output):
 def _policy_loss_backward(ctx, grad_loss, *_):
     (grad_logits,) = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 21
-    return (grad_logits * grad_loss, *(None,) * 20)
+        return (None,) * 36
+    return (grad_logits * grad_loss, *(None,) * 35)
 
 
 torch.library.register_autograd("capo::policy_loss", _policy_loss_backward, setup_context=_policy_loss_setup, lib=_lib)
@@ -172,15 +204,27 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(
-    logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, inplace
-) -> tuple[Tensor, ...]:
-    """(loss, logprobs, entropy, clip_fraction, kl); see ``capo.policy_loss``."""
-    _check_logits("policy_loss", logits, labels)
+    logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, inplace, credit,
+    token_of,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(loss, logprobs, entropy, clip_fraction, kl); see ``capo.policy_loss``. One of advantages and credit is None."""
+    if token_of is None:
+        _check_logits("policy_loss", logits, labels)
+    else:
+        token_of = _token_of("policy_loss", token_of, logits, labels, rule)
+    _require(advantages is not None or credit is not None, lambda: "policy_loss: credit is None")
     tokens = _token_args(
-        "policy_loss", logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
+        "policy_loss", labels, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
     )
     need_grad = torch.is_grad_enabled() and logits.requires_grad
-    args = (*tokens, need_grad, *_fields(rule))
+    args = (*tokens, need_grad, *_fields(rule), token_of)
+    if credit is not None:
+        _require(
+            credit.outcomes.device == logits.device,
+            lambda: f"policy_loss: credit is on {credit.outcomes.device}, logits on {logits.device}",
+        )
+        same = tokens[3] if credit.cu_seqlens is cu_seqlens else None
+        args = (*args, *_credit_tensors(credit, same), *_fields(credit.rule))
     if not need_grad or torch.compiler.is_compiling():
         if inplace and need_grad:
             raise ValueError("policy_loss: inplace=True is for eager mode; leave it out under torch.compile")
@@ -190,6 +234,22 @@ def policy_loss(
         lambda: f"policy_loss: inplace=True, but rows of logits overlap in memory: strides {tuple(logits.stride())}",
     )
     return _PolicyLoss.apply(logits, inplace, args)
+
+
+def live_rows(advantages, rule, mask) -> Tensor:
+    """See ``capo.live_rows``."""
+    op = "live_rows"
+    _check_compact(op, rule)
+    _require(
+        isinstance(advantages, Tensor) and advantages.dim() == 1 and advantages.is_floating_point(),
+        lambda: (
+            f"{op}: credit (advantages) must be float [N], got "
+            f"{_about(advantages) if isinstance(advantages, Tensor) else type(advantages).__name__}"
+        ),
+    )
+    mask = _row_mask(op, mask, advantages)
+    live = advantages != 0 if rule.kl_coef == 0 and rule.entropy_coef == 0 else torch.ones_like(advantages).bool()
+    return (live if mask is None else live & mask).nonzero()[:, 0]
 
 
 # ---- logprobs: logits, labels -> log-probabilities and entropies, no gradient
@@ -355,6 +415,11 @@ def linear_logprobs(
 
 
 def _check_logits(op: str, logits: Tensor, labels: Tensor) -> None:
+    _check_matrix(op, logits)
+    _check_rows_labels(op, logits, labels, "logits")
+
+
+def _check_matrix(op: str, logits: Tensor) -> None:
     _require(
         logits.dim() == 2 and logits.dtype in LOGIT_DTYPES,
         lambda: f"{op}: logits must be float32, bfloat16 or float16 [N, V], got {_about(logits)}",
@@ -367,7 +432,28 @@ def _check_logits(op: str, logits: Tensor, labels: Tensor) -> None:
             "call .contiguous() on them"
         ),
     )
-    _check_rows_labels(op, logits, labels, "logits")
+
+
+def _token_of(op: str, rows: Tensor, logits: Tensor, labels: Tensor, rule: LossRule) -> Tensor:
+    """The tokens whose logits are there, as the op takes them; logits and labels are checked as well."""
+    _check_matrix(op, logits)
+    _require(labels.dim() == 1, lambda: f"{op}: labels must be int64 [N], got {_about(labels)}")
+    _check_rows_labels(op, labels, labels, "logits")
+    _require(labels.device == logits.device, lambda: f"{op}: labels are on {labels.device}, logits on {logits.device}")
+    _require(
+        rows.shape == (logits.shape[0],) and rows.dtype in (torch.int32, torch.int64),
+        lambda: f"{op}: rows must be int64 [{logits.shape[0]}], one for each row of logits, got {_about(rows)}",
+    )
+    _require(rows.device == logits.device, lambda: f"{op}: rows are on {rows.device}, logits on {logits.device}")
+    _check_compact(op, rule)
+    return rows.to(torch.int64).contiguous()
+
+
+def _check_compact(op: str, rule: LossRule) -> None:
+    _require(
+        rule.ratio == "token",
+        lambda: f"{op}: rows of some tokens only need ratio='token'; ratio={rule.ratio!r} reads whole responses",
+    )
 
 
 def _token_args(

@@ -298,11 +298,16 @@ class _Live(_Tokens):
     """The live tokens of a batch."""
 
     def __init__(
-        self, logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs
-    ):
+        self, logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs,
+        token_of=None,
+    ):  # fmt: skip
         dtype = torch.promote_types(logits.dtype, torch.float32)
         self.rows, response, weights, counts = row_weights(advantages, cu_seqlens, mask, rule, dtype)
-        self.logits, self.labels = logits[self.rows], labels[self.rows]
+        self.kept = self.rows  # among the rows of the logits
+        if token_of is not None:
+            self.kept = self.rows[token_of]
+            self.rows = torch.zeros_like(self.rows).index_fill(0, token_of[self.kept], True)
+        self.logits, self.labels = logits[self.kept], labels[self.rows]
         self.num_active = counts.sum().clamp(min=1)
 
         def of_live(values):
@@ -330,12 +335,15 @@ def policy_loss_terms(
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    token_of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (differentiable), logprobs, entropy, clip fraction and KL; see ``capo.policy_loss`` for the arguments.
 
-    Masked and dead tokens are left out by selection, so nothing in them can reach the result.
+    ``token_of``: ``rows`` there. Masked and dead tokens are left out by selection, so nothing in them can reach the result.
     """
-    live = _Live(logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs)
+    live = _Live(
+        logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, token_of
+    )
     loss, kl, clipped = live.losses(rule)
     return (
         (loss * live.weights).sum(),
@@ -356,6 +364,7 @@ def policy_loss_gradient(
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    token_of: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the loss of ``policy_loss_terms`` in closed form, as the fused kernels have it. [N, V]
 
@@ -363,7 +372,9 @@ def policy_loss_gradient(
 
         d loss / d logits = (g * (onehot - p) - h * p * (z - sum(p * z))) / temperature
     """
-    live = _Live(logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs)
+    live = _Live(
+        logits, labels, advantages, old_logprobs, cu_seqlens, rule, ref_logprobs, mask, rollout_logprobs, token_of
+    )
     g, h = live.slopes(rule)
     z = live.logits.to(g.dtype) / rule.temperature
     p = z.softmax(-1)
@@ -372,7 +383,7 @@ def policy_loss_gradient(
         finite = z.clamp(min=torch.finfo(z.dtype).min)
         dz = dz - h[:, None] * p * (finite - (p * finite).sum(-1, keepdim=True))
     gradient = torch.zeros(logits.shape, dtype=dz.dtype, device=logits.device)
-    gradient[live.rows] = dz / rule.temperature
+    gradient[live.kept] = dz / rule.temperature
     return gradient
 
 
@@ -427,10 +438,11 @@ def new_gradient(logits):
 
 
 def policy_loss(
-    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
-):
-    check_rows("policy_loss", logits, labels, mask, cu_seqlens)
-    args = labels, advantages, old_logprobs, cu_seqlens, LossRule(*rule), ref_logprobs, mask, rollout_logprobs
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule,
+    token_of=None,
+):  # fmt: skip
+    check_rows("policy_loss", logits, labels, mask, cu_seqlens, token_of)
+    args = labels, advantages, old_logprobs, cu_seqlens, LossRule(*rule), ref_logprobs, mask, rollout_logprobs, token_of
     with torch.no_grad():
         result = policy_loss_terms(logits, *args)
         if grad is not None:
@@ -548,11 +560,19 @@ def check_cumulative(op, name, values, total):
         raise ValueError(f"{op}: {name} must rise from 0 to {total}, got {values.tolist()!s:.200}")
 
 
-def check_rows(op, logits, labels, mask, cu_seqlens=None):
-    """Raise ValueError for a label outside the vocabulary in an unmasked row, or cu_seqlens that do not fit."""
+def check_rows(op, logits, labels, mask, cu_seqlens=None, token_of=None):
+    """Raise ValueError for a label outside the vocabulary in an unmasked row, or cu_seqlens or rows that do not fit."""
     check_labels(op, labels, logits.shape[1], mask)
     if cu_seqlens is not None:
-        check_cumulative(op, "cu_seqlens", cu_seqlens, logits.shape[0])
+        check_cumulative(op, "cu_seqlens", cu_seqlens, labels.shape[0])
+    if token_of is not None:
+        bad = (token_of < 0) | (token_of >= labels.shape[0])
+        bad[1:] |= token_of.diff() <= 0
+        if bad.any():
+            row = _first(bad)
+            raise ValueError(
+                f"{op}: rows must be tokens 0 to {labels.shape[0] - 1}, rising, got {int(token_of[row])} at {row}"
+            )
 
 
 def check_labels(op, labels, vocab, mask=None):

@@ -276,11 +276,11 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "policy_loss",
       [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, bool grad_is_zero, int dtype,
-         int64_t rows, int64_t vocab, int64_t responses, Address labels, Address advantages, Address old_logprobs,
-         Address ref_logprobs, Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low,
-         float ratio_high, float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl,
-         float entropy_coef, float temperature, int objective, float importance_cap, Address loss, Address logprobs_out,
-         Address entropy, Address clip_fraction, Address kl_out, int num_threads) {
+         int64_t rows, int64_t vocab, int64_t tokens, int64_t responses, Address token_of, Address labels,
+         Address advantages, Address old_logprobs, Address ref_logprobs, Address rollout_logprobs, Address mask,
+         Address cu_seqlens, float ratio_low, float ratio_high, float clip_dual, int ratio, int reduce, float constant,
+         float kl_coef, int kl, float entropy_coef, float temperature, int objective, float importance_cap,
+         Address loss, Address logprobs_out, Address entropy, Address clip_fraction, Address kl_out, int num_threads) {
         PolicyLossArgs args;
         args.logits = pointer<const void>(logits);
         args.logits_stride = logits_stride;
@@ -290,7 +290,9 @@ PYBIND11_MODULE(_native, m) {
         args.dtype = static_cast<Dtype>(dtype);
         args.rows = rows;
         args.vocab = vocab;
+        args.tokens = tokens;
         args.responses = responses;
+        args.token_of = pointer<const int64_t>(token_of);
         args.labels = pointer<const int64_t>(labels);
         args.values = token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs);
         args.mask = pointer<const bool>(mask);

@@ -72,27 +72,32 @@ def scale_of(scale, active_ptr):
         return scale
 
 
-@triton.jit(do_not_specialize=["stride", "grad_stride", "units"])
+@triton.jit(do_not_specialize=["stride", "grad_stride", "tokens", "units"])
 def loss_of_rows(
-    logits_ptr, stride, grad_ptr, grad_stride, labels_ptr, advantages_ptr, old_ptr, ref_ptr, rollout_ptr, weights_ptr,
-    active_ptr, logprobs_ptr, entropy_ptr, loss_ptr, kl_ptr, clipped_ptr, units, ratio_low, ratio_high, clip_dual,
-    kl_coef, entropy_coef, importance_cap, scale, rate, rest, lowest, inverse, inverse_rest, CISPO: tl.constexpr, KL: tl.constexpr,
-    ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    logits_ptr, stride, grad_ptr, grad_stride, token_of_ptr, tokens, labels_ptr, advantages_ptr, old_ptr, ref_ptr,
+    rollout_ptr, weights_ptr, active_ptr, logprobs_ptr, entropy_ptr, loss_ptr, kl_ptr, clipped_ptr, units, ratio_low,
+    ratio_high, clip_dual, kl_coef, entropy_coef, importance_cap, scale, rate, rest, lowest, inverse, inverse_rest,
+    CISPO: tl.constexpr, KL: tl.constexpr, ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, VOCAB_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """All of one row whose ratio is its own: one read from memory, a second mostly from the cache, one write."""
-    index = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64)
+    index = place
+    inside = True
+    if token_of_ptr is not None:
+        index = tl.load(token_of_ptr + place)
+        inside = (index >= 0) & (index < tokens)
     vocab = units * VOCAB_ALIGN
-    weight = tl.load(weights_ptr + index)
+    weight = tl.load(weights_ptr + index, mask=inside, other=0.0)
     if weight == 0.0:
-        tl.store(logprobs_ptr + index, 0.0)
-        tl.store(entropy_ptr + index, 0.0)
+        tl.store(logprobs_ptr + index, 0.0, mask=inside)
+        tl.store(entropy_ptr + index, 0.0, mask=inside)
         if grad_ptr is not None:
-            out = grad_ptr + tl.multiple_of(index * grad_stride, GRAD_ALIGN)
+            out = grad_ptr + tl.multiple_of(place * grad_stride, GRAD_ALIGN)
             fill(out, 0, vocab, 0.0, BLOCK)
     else:
         rates = (rate, rest, lowest, inverse, inverse_rest)
-        row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
+        row = logits_ptr + tl.multiple_of(place * stride, ALIGN)
         label = tl.load(labels_ptr + index)
         logp, entropy, top, sum_, mean, at_label = read_row(row, label, vocab, rates, BLOCK, UNROLL, NEIGHBOURS)
         tl.store(logprobs_ptr + index, logp)
@@ -106,7 +111,7 @@ def loss_of_rows(
         tl.store(kl_ptr + index, kl)
         tl.store(clipped_ptr + index, clipped)
         if grad_ptr is not None:
-            out = grad_ptr + tl.multiple_of(index * grad_stride, GRAD_ALIGN)
+            out = grad_ptr + tl.multiple_of(place * grad_stride, GRAD_ALIGN)
             weight *= scale_of(scale, active_ptr)
             g = (through_ratio + through_logp) * weight
             if entropy_coef is None:
@@ -221,12 +226,13 @@ def gradient_of_rows(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "responses"])
+@triton.jit(do_not_specialize=["rows", "places", "responses"])
 def metrics(
     loss_ptr, clip_fraction_ptr, mean_kl_ptr, losses_ptr, kl_ptr, clipped_ptr, weights_ptr, active_ptr, cu_seqlens_ptr,
-    rows, responses, scale, TOKEN_MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    token_of_ptr, rows, places, responses, scale, TOKEN_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all tokens, in one program and one order. Cumulative lengths that do not fit give a loss of NaN."""
+    """Sums over all tokens, in one program and one order. Cumulative lengths, or tokens of the ``places`` rows of
+    logits, that do not fit give a loss of NaN."""
     lanes = tl.arange(0, BLOCK)
     loss = tl.zeros([BLOCK], tl.float64)
     kl = tl.zeros([BLOCK], tl.float64)
@@ -246,6 +252,13 @@ def metrics(
             cu_seqlens_ptr + index, mask=inside, other=0
         )
         wrong |= (length < 0).to(tl.int32)
+    if token_of_ptr is not None:
+        for start in range(0, places, BLOCK):
+            index = start + lanes
+            inside = index < places
+            token = tl.load(token_of_ptr + index, mask=inside, other=0)
+            before = tl.load(token_of_ptr + index - 1, mask=inside & (index > 0), other=-1)
+            wrong |= (inside & ((token <= before) | (token >= rows))).to(tl.int32)
     fits = (tl.max(wrong, 0) == 0) & (tl.load(cu_seqlens_ptr) == 0) & (tl.load(cu_seqlens_ptr + responses) == rows)
     active = tl.maximum(rows, 1).to(tl.float64)
     if active_ptr is not None:
@@ -277,23 +290,26 @@ def formula_of(rule):
 
 
 def policy_loss(
-    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule
-):
+    logits, grad, labels, advantages, old_logprobs, cu_seqlens, ref_logprobs, mask, rollout_logprobs, *rule,
+    token_of=None,
+):  # fmt: skip
     """(loss, logprobs, entropy, clip_fraction, kl); the gradient goes into ``grad``, which may be the logits, or None."""
     ratio, reduce, constant = rule[3:6]
     kl_coef, _, entropy_coef, temperature = rule[6:10]
-    rows, vocab = logits.shape
+    rows, vocab = len(labels), logits.shape[1]
     responses = cu_seqlens.numel() - 1
     check_vocab("policy_loss", vocab)
     if checks_values(logits.device.type):
-        reference.check_rows("policy_loss", logits, labels, mask, cu_seqlens)
+        reference.check_rows("policy_loss", logits, labels, mask, cu_seqlens, token_of)
 
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     loss, clip_fraction, mean_kl = new(), new(), new()
-    logprobs, entropy = new(rows), new(rows)
-    losses, kls, clipped, slope = new(4, rows)
+    of_tokens = new(6, rows)
+    if token_of is not None:  # those without a row of logits are visited by nobody
+        of_tokens.zero_()
+    logprobs, entropy, losses, kls, clipped, slope = of_tokens
     weights, counts = torch.zeros_like(losses), new(max(responses, 1), dtype=torch.int64)
     active = None if mask is None else mask.sum()
     scale = 1.0 if reduce == "sequence_mean" else 1.0 / (constant or max(rows, 1))
@@ -316,12 +332,13 @@ def policy_loss(
                 PER_RESPONSE=reduce == "sequence_mean", BLOCK=_TOKENS, enable_fp_fusion=False,
             )  # fmt: skip
         out = losses, kls, clipped
-        if rows and not sequence and splits == 1:
-            loss_of_rows[(rows,)](
-                logits, logits.stride(0), grad, 0 if grad is None else grad.stride(0), labels, *per_token, weights, each,
-                logprobs, entropy, *out, units, *formula, *rates, **kind, **aligned, **sizes_of(logits),
+        if len(logits) and (token_of is not None or (not sequence and splits == 1)):
+            loss_of_rows[(len(logits),)](
+                logits, logits.stride(0), grad, 0 if grad is None else grad.stride(0), token_of, rows, labels,
+                *per_token, weights, each, logprobs, entropy, *out, units, *formula, *rates, **kind, **aligned,
+                **sizes_of(logits),
             )  # fmt: skip
-        elif rows:
+        elif len(logits):
             stats = new(rows, 4)
             row_stats(logits, labels, weights, logprobs, entropy, stats, temperature)
             terms = (logprobs, entropy, *per_token, weights, each, *out, slope)
@@ -340,7 +357,7 @@ def policy_loss(
                     chunks, splits, entropy_coef, scale, *rates, **aligned, **sizes_of(logits),
                 )  # fmt: skip
         metrics[(1,)](
-            loss, clip_fraction, mean_kl, *out, weights, active, cu_seqlens, rows, responses, scale,
-            TOKEN_MEAN=reduce == "token_mean", BLOCK=_TOKENS, num_warps=8, enable_fp_fusion=False,
+            loss, clip_fraction, mean_kl, *out, weights, active, cu_seqlens, token_of, rows, len(logits), responses,
+            scale, TOKEN_MEAN=reduce == "token_mean", BLOCK=_TOKENS, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return loss, logprobs, entropy, clip_fraction, mean_kl

@@ -126,3 +126,11 @@ def random_credit(seed=0, num_responses=6, num_votes=3, rule=None, num_groups=2)
         torch.randint(0, num_groups, (num_responses,), generator=g) * 17 - 3,
         rule or capo.CreditRule(),
     )
+
+
+def credit_to(credit: capo.Credit, device, cu_seqlens: Tensor | None = None) -> capo.Credit:
+    """The credit on a device, with other ``cu_seqlens`` if there are some."""
+    return capo.Credit(
+        credit.outcomes.to(device), credit.votes.to(device), credit.steps.to(device),
+        credit.cu_seqlens.to(device) if cu_seqlens is None else cu_seqlens, credit.groups.to(device), credit.rule,
+    )  # fmt: skip

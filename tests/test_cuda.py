@@ -10,7 +10,7 @@ import math
 import emulated
 import pytest
 import torch
-from batches import lengths_to_cu, random_batch, random_credit, run
+from batches import credit_to, lengths_to_cu, random_batch, random_credit, run
 
 import capo
 from capo import LossRule, backends, reference
@@ -91,12 +91,19 @@ def test_the_form_is_chosen_by_the_device(device):
         pytest.skip("a GPU is what it is")
     module, batch = emulated.module(), random_batch(lengths=(9,), vocab=2000)
 
-    def launches(rule=RULE):
+    def launches(rule=RULE, batch=batch):
         before = module.launches()
         capo.policy_loss(rule=rule, **vars(batch.replace(logits=batch.logits.clone().requires_grad_(True))))
         return module.launches() - before
 
     assert launches() == 3  # a row in a cluster: weights, rows, metrics
+    credit = random_credit(4, num_responses=9)
+    of_tokens = random_batch(lengths=credit.cu_seqlens.diff().tolist(), vocab=2000)
+    of_credit = of_tokens.replace(credit=credit, cu_seqlens=credit.cu_seqlens)
+    assert launches(batch=of_credit) == 3  # advantages are made with the weights
+    assert launches(LossRule(ratio="sequence"), of_credit) == 6
+    other_lengths = of_credit.replace(cu_seqlens=credit.cu_seqlens.clone())
+    assert launches(batch=other_lengths) == 4  # they may say something else
     assert launches(LossRule(ratio="sequence")) == 6
     play(clusters=False)
     assert launches() == 3  # a row in a block, read twice
@@ -165,6 +172,51 @@ def test_threads_that_are_drawn_by_lot_give_the_same_bits(device):
     assert same([everything(batch, RULE) for _ in range(5)])
 
 
+# ---- rows of some tokens only
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_some_tokens_have_the_bits_of_all_in_every_form(dtype, device, monkeypatch):
+    batch = random_batch(lengths=(6, 0, 7), vocab=3100, dtype=dtype).to(device)
+    expected = everything(batch, LossRule())
+    rows = capo.live_rows(batch.credit, LossRule(), batch.mask)
+    assert 0 < len(rows) < 13
+    few = batch.replace(logits=batch.logits[rows])
+    for form in cuda.FORMS:
+        monkeypatch.setattr(cuda, "_form", form)
+        assert same([(*expected[:-1], expected[-1][rows]), everything(few, LossRule(), rows=rows)])
+    monkeypatch.setattr(cuda, "_form", "chosen")
+    play(clusters=False, multiprocessors=50)
+    assert same([(*expected[:-1], expected[-1][rows]), everything(few, LossRule(), rows=rows)])
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 2, 5], [-1, 2, 3], [2, 2, 3], [3, 1, 4], [0, 1, 2**62], [-(2**63), 1, 2]], ids=str
+)
+@pytest.mark.parametrize("form", cuda.FORMS[1:3])
+def test_unchecked_rows_that_do_not_fit_give_a_loss_of_nan(rows, form, device, monkeypatch):
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(3, 2), vocab=1500)
+    batch = batch.replace(mask=None, credit=torch.ones(5), old_logprobs=None).to(device)
+    rows = torch.tensor(rows, device=device)
+    out, grad = run(batch.replace(logits=batch.logits[:3]), LossRule(), rows=rows)
+    assert bool(out.loss.isnan()) and out.logprobs.shape == (5,)
+    outside = (rows < 0) | (rows >= 5)
+    assert not grad[outside].any() and bool(grad[~outside].any(-1).all())
+
+
+def test_rows_of_some_tokens_take_no_more_launches(device):
+    if GPU:
+        pytest.skip("the emulator counts launches")
+    credit = random_credit(4, num_responses=9)
+    batch = random_batch(lengths=credit.cu_seqlens.diff().tolist(), vocab=2000)
+    batch = batch.replace(credit=credit, cu_seqlens=credit.cu_seqlens)
+    rows = capo.live_rows(credit, RULE, batch.mask)
+    before = emulated.module().launches()
+    run(batch.replace(logits=batch.logits[rows]), RULE, rows=rows)
+    assert emulated.module().launches() == before + 3
+
+
 # ---- credit
 
 
@@ -215,6 +267,38 @@ def test_tokens_that_no_response_has_are_nan_and_other_groups_are_not(device):
     assert bool(spoilt[own].isnan().all()) and torch.equal(spoilt[~own], expected[~own])
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_loss_of_a_credit_that_contradicts_itself_is_nan_where_its_advantages_are(ratio, device):
+    credit = random_credit(1, num_responses=9, num_groups=3)
+    batch = random_batch(lengths=credit.cu_seqlens.diff().tolist(), vocab=37).to(device)
+    credit = credit_to(credit, device, batch.cu_seqlens)
+    credit.outcomes[4] = math.inf
+    batch = batch.replace(credit=credit, mask=None)
+    expected = everything(batch.replace(credit=credit.advantages()), LossRule(ratio=ratio))
+    assert bool(expected[0].isnan()) and not bool(expected[-1].isnan().all(-1).all())
+    for mine, theirs in zip(everything(batch, LossRule(ratio=ratio)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 3, 6], [1, 3, 5], [0, 4, 3], [-7, 3, 5], [0, 9, 5], [0, -(2**62), 5]])
+def test_lengths_of_a_credit_that_do_not_fit_give_a_loss_of_nan(cu_seqlens, device):
+    nothing, cu_seqlens = torch.zeros(0, dtype=torch.int64), torch.tensor(cu_seqlens).to(device)
+    credit = capo.Credit(
+        torch.tensor([1.0, 0.0]), torch.zeros(0, 1, dtype=torch.int8),
+        capo.Steps(nothing, nothing, torch.zeros(3, dtype=torch.int64)), cu_seqlens.cpu(), torch.zeros(2).long(),
+    )  # fmt: skip
+    credit = credit_to(credit, device, cu_seqlens)
+    batch = random_batch(lengths=(3, 2), vocab=11).to(device).replace(cu_seqlens=cu_seqlens, credit=credit)
+    assert bool(run(batch, LossRule())[0].loss.isnan())
+
+
+def test_a_loss_of_a_credit_of_groups_larger_than_what_a_block_lists(device):
+    credit = random_credit(2, num_responses=4500, num_groups=2)
+    few = random_batch(lengths=credit.cu_seqlens.diff().tolist(), vocab=3).to(device)
+    batch = few.replace(credit=credit_to(credit, device, few.cu_seqlens))
+    assert same([everything(x, LossRule()) for x in (batch, batch.replace(credit=batch.credit.advantages()))])
+
+
 @pytest.mark.parametrize("preset", ["capo", "grpo", "rloo", "papo", "grpo_process", "vppo"])
 def test_groups_larger_than_what_a_block_lists(preset, device):
     credit = random_credit(2, num_responses=4500, num_groups=2, rule=capo.CreditRule.preset(preset))
@@ -236,10 +320,7 @@ def check_credit(credit, device):
     steps = credit.steps
     layout = credit.votes, steps.starts, steps.ends, steps.cu_steps, credit.cu_seqlens, credit.groups
     truth = reference.token_advantages(credit.outcomes, *layout, credit.rule)
-    moved = capo.Credit(
-        credit.outcomes.to(device), credit.votes.to(device), steps.to(device), credit.cu_seqlens.to(device),
-        credit.groups.to(device), credit.rule,
-    )  # fmt: skip
+    moved = credit_to(credit, device)
     torch.testing.assert_close(moved.advantages().cpu().double(), truth, rtol=1e-6, atol=1e-9)
 
 

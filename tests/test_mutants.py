@@ -761,17 +761,38 @@ TRITON_TOKENS = [
     Mutant("kl without its slope", OPTIONS, "through_logp += kl_coef * slope", "through_logp += 0.0 * slope"),
     Mutant("importance without cap", OPTIONS, "tl.where(weight > importance_cap, importance_cap, weight)", "weight"),
 ]
+# Logits of some tokens only.
+SOME_ROWS, UNFIT_ROWS = LOSS + "test_rows_of_live", LOSS + "test_rows_that_do_not_fit"
+ROWS_OF_TOKENS = [
+    Mutant(
+        "tokens without a row stay live",
+        LOSS + "test_a_token_without_a_row",
+        "    if (args.rows < args.tokens) leave_out_tokens();",
+        "",
+    ),
+    Mutant("label of another token", SOME_ROWS, "args.vocab, args.labels[token]", "args.vocab, args.labels[row]"),
+    Mutant("rows may fall", UNFIT_ROWS, "places[i] <= (i == 0 ? -1 : places[i - 1])", "places[i] < 0"),
+]
+ROWS_OF_RULES = [
+    Mutant(
+        "rows with a ratio of responses", UNFIT_ROWS, "    _check_compact(op, rule)\n    return rows", "    return rows"
+    ),
+    Mutant("live without regard to the mask", SOME_ROWS, "live if mask is None else live & mask", "live"),
+]
+TRITON_ROWS_OF_TOKENS = [
+    Mutant("row of another token", SOME_ROWS, "index = tl.load(token_of_ptr + place)", "index = place"),
+]
 
 FILES = {
     "csrc/common/policy_loss.h": TOKEN_LOSS,
     "csrc/common/rows.h": ROW_FORMULAS,
-    "csrc/cpu/policy_loss.cpp": ROW_LOSS,
+    "csrc/cpu/policy_loss.cpp": ROW_LOSS + ROWS_OF_TOKENS,
     "csrc/cpu/simd/rows.cpp": ROWS,
     "csrc/cpu/simd/vec.h": VECTORS,
     "csrc/common/credit.h": FORMULAS,
     "csrc/cpu/credit.cpp": ADVANTAGES,
     "capo/native.py": CALLS,
-    "capo/ops.py": OPS,
+    "capo/ops.py": OPS + ROWS_OF_RULES,
     "csrc/text/segment.cpp": SEGMENTS,
     "capo/steps.py": STEP_RULES,
     "capo/critique.py": PARSER,
@@ -785,7 +806,7 @@ FILES = {
     "capo/kernels/linear.py": LINEAR_ROWS,
     "capo/kernels/rows.py": TRITON_ROWS,
     "capo/kernels/stats.py": TRITON_STATS,
-    "capo/kernels/policy_loss.py": TRITON_LOSS,
+    "capo/kernels/policy_loss.py": TRITON_LOSS + TRITON_ROWS_OF_TOKENS,
     "capo/kernels/tokens.py": TRITON_TOKENS,
 }
 

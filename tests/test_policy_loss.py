@@ -1,12 +1,23 @@
 """policy_loss: every option against float64, in every regime of inputs, and the promises of its docstring."""
 
+import dataclasses
 import itertools
 import math
 
 import numerics
 import pytest
 import torch
-from batches import Batch, closed_form_gradient, lengths_to_cu, random_batch, reference, run, slopes
+from batches import (
+    Batch,
+    closed_form_gradient,
+    credit_to,
+    lengths_to_cu,
+    random_batch,
+    random_credit,
+    reference,
+    run,
+    slopes,
+)
 
 import capo
 from capo import LossRule
@@ -612,8 +623,6 @@ def test_compile_without_graph_breaks_gives_the_same_bits(dynamic, compiler, dev
 
 
 def test_compile_with_a_credit(device):
-    from batches import random_credit
-
     credit = random_credit(4)
     n = int(credit.cu_seqlens[-1])
     logits = torch.randn(n, 64, requires_grad=True)
@@ -636,23 +645,226 @@ def test_opcheck(device):
         )  # fmt: skip
         torch.library.opcheck(torch.ops.capo.policy_loss.default, args)
         torch.library.opcheck(torch.ops.capo.policy_loss_.default, (batch.logits.detach().clone(), *args[1:]))
+    batch = credit_batch(4, device)
+    args = list(args)
+    args[0], args[1], args[3:9] = batch.logits.requires_grad_(True), batch.labels, (*batch.values()[3:], True)
+    credit = (*capo.ops._credit_tensors(batch.credit, batch.cu_seqlens), *capo.ops._fields(batch.credit.rule))
+    args = (*args[:2], None, *args[3:], None, *credit)
+    torch.library.opcheck(torch.ops.capo.policy_loss.default, args)
+    torch.library.opcheck(torch.ops.capo.policy_loss_.default, (batch.logits.detach().clone(), *args[1:]))
+    rows = capo.live_rows(batch.credit, rule, batch.mask)
+    args = (batch.logits[rows].detach().requires_grad_(True), *args[1:21], rows, *args[22:])
+    torch.library.opcheck(torch.ops.capo.policy_loss.default, args)
+    torch.library.opcheck(torch.ops.capo.policy_loss_.default, (args[0].detach().clone(), *args[1:]))
     torch.library.opcheck(torch.ops.capo.logprobs.default, (batch.logits.detach(), batch.labels, 0.7, batch.mask))
 
 
-def test_a_credit_is_its_advantages(device):
-    from batches import random_credit
+CREDIT_RULES = {
+    **{name: capo.CreditRule.preset(name) for name in ("capo", "grpo", "rloo", "grpo_process", "vppo", "fapo", "papo")},
+    **{vote: capo.CreditRule(vote=vote) for vote in ("strict_majority", "intersection", "union", "average")},
+    "clamped": capo.CreditRule(normalize="group_mean", clamp=0.3),
+}
 
-    credit = random_credit(4)
-    n = int(credit.cu_seqlens[-1])
-    batch = random_batch(lengths=credit.cu_seqlens.diff().tolist()).replace(mask=None).to(device)
-    credit = capo.Credit(
-        credit.outcomes.to(device), credit.votes.to(device), credit.steps.to(device), batch.cu_seqlens,
-        credit.groups.to(device),
-    )  # fmt: skip
-    assert len(batch.labels) == n
-    out, grad = run(batch.replace(credit=credit), LossRule())
-    other, other_grad = run(batch.replace(credit=credit.advantages()), LossRule())
-    assert torch.equal(out.loss, other.loss) and torch.equal(grad, other_grad)
+
+def credit_batch(seed, device, rule=None, **options) -> Batch:
+    """A batch with a ``Credit`` of groups in any order, responses without tokens, steps or votes, one undecided."""
+    credit = random_credit(seed, rule=rule, **options)
+    credit.outcomes[-1] = math.nan
+    batch = random_batch(lengths=credit.cu_seqlens.diff().tolist(), vocab=37, seed=seed).to(device)
+    return batch.replace(credit=credit_to(credit, device, batch.cu_seqlens))
+
+
+def assert_same_bits(one, other):
+    for a, b in zip((*one[0], one[1]), (*other[0], other[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+CREDIT_CASES = [
+    *zip(CREDIT_RULES, itertools.cycle(("default", "all", "gspo", "dr_grpo"))),
+    ("capo", "all"),
+    ("capo", "gspo"),
+]
+
+
+@pytest.mark.parametrize(("name", "rule"), CREDIT_CASES)
+def test_a_credit_has_the_bits_of_its_advantages(name, rule, device):
+    batch = credit_batch(4, device, CREDIT_RULES[name], num_responses=8, num_groups=3)
+    for given in (batch, batch.replace(mask=None)):
+        expected = run(given.replace(credit=given.credit.advantages()), RULES[rule])
+        assert bool(expected[1].any())
+        assert_same_bits(run(given, RULES[rule]), expected)
+        assert_same_bits(run(given, RULES[rule], inplace=True), expected)
+
+
+def test_lengths_of_the_credit_in_another_tensor_change_nothing(device):
+    batch = credit_batch(4, device)
+    expected = run(batch, RULES["all"])
+    for kind in (torch.int32, torch.int64):
+        assert_same_bits(run(batch.replace(cu_seqlens=batch.cu_seqlens.to(kind).clone()), RULES["all"]), expected)
+    short = dataclasses.replace(batch.credit, cu_seqlens=batch.cu_seqlens.to(torch.int32))
+    assert_same_bits(run(batch.replace(credit=short, cu_seqlens=short.cu_seqlens), RULES["all"]), expected)
+
+
+@pytest.mark.parametrize("options", [{"num_votes": 0}, {"num_responses": 1}, {"num_groups": 30}], ids=str)
+def test_credits_that_say_little(options, device):
+    batch = credit_batch(7, device, **options)
+    assert_same_bits(run(batch, RULES["all"]), run(batch.replace(credit=batch.credit.advantages()), RULES["all"]))
+    nothing = torch.zeros(0, dtype=torch.int64, device=device)
+    steps = capo.Steps(nothing, nothing, torch.zeros_like(batch.cu_seqlens))
+    without = dataclasses.replace(batch.credit, steps=steps, votes=batch.credit.votes[:0])
+    assert_same_bits(
+        run(batch.replace(credit=without), LossRule()), run(batch.replace(credit=without.advantages()), LossRule())
+    )
+
+
+def test_a_credit_that_does_not_fit_is_named(device):
+    batch = credit_batch(4, device)
+    votes = batch.credit.votes.clone()
+    votes[0] = 2
+    for credit, message in (
+        (dataclasses.replace(batch.credit, votes=votes), "votes must be -1, 0 or 1, got 2"),
+        (dataclasses.replace(batch.credit, cu_seqlens=batch.cu_seqlens + 1), "cu_seqlens must rise from 0 to"),
+        (None, "credit is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            capo.policy_loss(**vars(batch.replace(credit=credit)))
+    longer = batch.replace(**vars(random_batch(lengths=(50,), vocab=37).to(device)) | {"credit": batch.credit})
+    with pytest.raises(ValueError, match="credit: cu_seqlens must rise from 0 to 50"):
+        capo.policy_loss(**vars(longer))
+    elsewhere = credit_to(batch.credit, "meta")
+    with pytest.raises(ValueError, match="credit is on meta, logits on"):
+        capo.policy_loss(**vars(batch.replace(credit=elsewhere)))
+
+
+# ---- rows of some tokens only
+
+
+def run_rows(batch: Batch, rule: LossRule, rows: torch.Tensor, **options):
+    """``run`` of the logits of some tokens."""
+    return run(batch.replace(logits=batch.logits[rows]), rule, rows=rows, **options)
+
+
+def assert_same_as_all_rows(batch: Batch, rule: LossRule, rows: torch.Tensor) -> None:
+    out, grad = run(batch, rule)
+    few, few_grad = run_rows(batch, rule, rows)
+    assert_same_bits((few, few_grad), (out, grad[rows]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.ratio == "token"])
+def test_rows_of_live_tokens_give_the_bits_of_all_rows(name, dtype, device):
+    batch = random_batch(dtype=dtype).to(device)
+    for given in (batch, batch.replace(mask=None)):
+        rows = capo.live_rows(given.credit, RULES[name], given.mask)
+        live, *_ = capo.reference.row_weights(given.credit, given.cu_seqlens, given.mask, RULES[name], torch.float64)
+        assert 0 < len(rows) and torch.equal(rows, live.nonzero()[:, 0])
+        assert_same_as_all_rows(given, RULES[name], rows)
+
+
+def test_rows_of_dead_tokens_may_be_among_them(device):
+    batch = random_batch().to(device)
+    live = set(capo.live_rows(batch.credit, LossRule(), batch.mask).tolist())
+    assert 0 < len(live) < 18
+    dead = next(i for i in range(19) if i not in live)
+    rows = torch.tensor(sorted(live | {dead}), device=device)
+    assert_same_as_all_rows(batch, LossRule(), rows)
+    few = batch.replace(logits=batch.logits[rows])
+    few.logits[rows == dead] = math.nan
+    assert_same_bits(run(few, LossRule(), rows=rows), run_rows(batch, LossRule(), rows))
+    everything = torch.arange(19, device=device)
+    assert_same_as_all_rows(batch, RULES["all"], everything)
+
+
+@pytest.mark.parametrize("name", ["default", "all", "dr_grpo", "dapo"])
+def test_a_token_without_a_row_counts_as_one_without_gradient(name, device):
+    batch = random_batch().replace(mask=None)
+    batch.credit[batch.credit == 0] = 1.0
+    rows = torch.tensor([0, 2, 3, 11, 18])
+    out, grad = run_rows(batch.to(device), RULES[name], rows.to(device))
+    _, truth = reference(batch.double(), RULES[name])
+    torch.testing.assert_close(grad.cpu().double(), truth[rows], rtol=2e-5, atol=2e-8)
+    others = torch.ones(19, dtype=torch.bool).index_fill(0, rows, False).to(device)
+    assert not out.logprobs[others].any() and not out.entropy[others].any() and bool(out.logprobs[~others].all())
+    # What the others would have added to the loss is not there, and their share of the denominators is.
+    alone = batch.replace(credit=batch.credit.double().masked_fill(others.cpu(), 0.0))
+    if name != "all":  # there all tokens have a loss
+        assert float(out.loss) == pytest.approx(float(reference(alone.double(), RULES[name])[0][0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["default", "all"])
+def test_rows_with_a_credit(rule, device):
+    batch = credit_batch(4, device, num_responses=8, num_groups=3)
+    assert_same_as_all_rows(batch, RULES[rule], capo.live_rows(batch.credit, RULES[rule], batch.mask))
+
+
+def test_rows_inplace_strided_and_of_32_bits(device):
+    batch = random_batch(dtype=torch.bfloat16).to(device)
+    rows = capo.live_rows(batch.credit, LossRule(), batch.mask)
+    expected, expected_grad = run_rows(batch, LossRule(), rows)
+    wide = torch.full((len(rows), 301), math.nan, dtype=torch.bfloat16, device=device)
+    wide[:, 7:264] = batch.logits[rows]
+    logits = wide[:, 7:264].detach().requires_grad_(True)
+    out = capo.policy_loss(rule=LossRule(), **{**vars(batch), "logits": logits}, rows=rows.int(), inplace=True)
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    assert_same_bits((out, grad), (expected, expected_grad))
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+def test_rows_of_no_tokens(device):
+    batch = random_batch().to(device)
+    out, grad = run_rows(batch, RULES["all"], torch.zeros(0, dtype=torch.int64, device=device))
+    assert (
+        float(out.loss.detach()) == 0.0 and grad.shape == (0, 257) and not out.logprobs.any() and not out.entropy.any()
+    )
+    empty = random_batch(lengths=(0, 0), vocab=9).to(device)
+    out, grad = run_rows(empty, LossRule(), capo.live_rows(empty.credit, LossRule(), empty.mask))
+    assert float(out.loss.detach()) == 0.0 and grad.shape == (0, 9)
+
+
+def test_rows_that_do_not_fit_are_named(device):
+    batch = random_batch(lengths=(3, 2), vocab=11).to(device)
+    few = {"logits": batch.logits[:3]}
+
+    def rows(*values, dtype=torch.int64):
+        return {**few, "rows": torch.tensor(values, dtype=dtype, device=device)}
+
+    refused(r"rows must be int64 \[3\], one for each row of logits, got int64 \[2\]", device, **rows(0, 1))
+    refused(r"rows must be int64 \[3\].* got float32", device, **rows(0, 1, 2, dtype=torch.float32))
+    refused(r"rows must be int64 \[3\].* got bool", device, **rows(1, 1, 1, dtype=torch.bool))
+    refused(r"rows are on meta", device, **few, rows=torch.arange(3, device="meta"))
+    for values, value, place in (((0, 1, 5), 5, 2), ((-1, 1, 2), -1, 0), ((0, 2, 2), 2, 2), ((3, 1, 4), 1, 1)):
+        refused(rf"rows must be tokens 0 to 4, rising, got {value} at {place}", device, **rows(*values))
+    for ratio in ("sequence", "sequence_token"):
+        refused(rf"ratio='token'; ratio='{ratio}' reads whole", device, LossRule(ratio=ratio), **rows(0, 1, 2))
+        with pytest.raises(ValueError, match="live_rows: .*ratio='token'"):
+            capo.live_rows(batch.credit, LossRule(ratio=ratio))
+    refused(r"labels must be int64 \[N\]", device, labels=batch.labels[None], **rows(0, 1, 2))
+    refused(r"old_logprobs must be float \[5\]", device, old_logprobs=batch.old_logprobs[:3], **rows(0, 1, 2))
+    refused(
+        r"cu_seqlens must rise from 0 to 5", device, cu_seqlens=torch.tensor([0, 3], device=device), **rows(0, 1, 2)
+    )
+    with pytest.raises(ValueError, match=r"live_rows: credit \(advantages\) must be float \[N\], got list"):
+        capo.live_rows([0.0])
+    with pytest.raises(ValueError, match=r"live_rows: mask must be \[5\]"):
+        capo.live_rows(batch.credit, mask=batch.mask[:3])
+
+
+def test_compile_with_rows(device):
+    batch = random_batch().to(device)
+    rows = capo.live_rows(batch.credit, LossRule(), batch.mask)
+    rest = vars(batch.replace(logits=batch.logits[rows]))
+    logits = rest.pop("logits").requires_grad_(True)
+
+    def step(logits, rows):
+        out = capo.policy_loss(logits, rows=rows, **rest)
+        return out.loss * 2, out.logprobs
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        loss, logprobs = function(logits, rows)
+        results.append((loss.detach(), logprobs, torch.autograd.grad(loss, logits)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # ---- shapes of nothing

@@ -26,6 +26,13 @@ bool labels_fit(const int64_t* labels, const bool* mask, int64_t rows, int64_t v
   return true;
 }
 
+// Whether places [count] are within [0, size) and each is behind the one before.
+bool rising(const int64_t* places, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < count; ++i)
+    if (places[i] <= (i == 0 ? -1 : places[i - 1]) || places[i] >= size) return false;
+  return true;
+}
+
 Row read_row(const RowKernels& kernels, const void* row, Dtype dtype, int64_t vocab, int64_t label, double rate,
              bool infinite) {
   const int type = static_cast<int>(dtype);
@@ -105,17 +112,18 @@ class Pass {
         kernels(row_kernels()),
         type(static_cast<int>(a.dtype)),
         rate(rate_of(a.rule.temperature, a.dtype)),
-        live(a.rows),
-        response(a.rows),
+        live(a.tokens),
+        response(a.tokens),
         counts(a.responses),
-        loss(a.rows),
-        kl(a.rows),
-        clipped(std::make_unique<bool[]>(a.rows)),
+        loss(a.tokens),
+        kl(a.tokens),
+        clipped(std::make_unique<bool[]>(a.tokens)),
         tokens{a.rule, a.values, a.logprobs, a.entropy, loss.data(), kl.data(), clipped.get()},
         stream(a.grad != a.logits && a.rows * a.vocab * size_of(a.dtype) > kCache) {}
 
   void run() {
-    find_live_rows();
+    find_live_tokens();
+    if (args.rows < args.tokens) leave_out_tokens();
     if (args.rule.ratio == Ratio::kToken)
       token_ratio();
     else
@@ -143,7 +151,19 @@ class Pass {
 
   bool active(int64_t row) const { return args.mask == nullptr || args.mask[row]; }
 
-  void find_live_rows() {
+  int64_t token_of(int64_t row) const { return args.token_of == nullptr ? row : args.token_of[row]; }
+
+  // Those without a row of logits are dead.
+  void leave_out_tokens() {
+    std::vector<char> given(args.tokens);
+    for (int64_t row = 0; row < args.rows; ++row) given[args.token_of[row]] = 1;
+    for (int64_t token = 0; token < args.tokens; ++token) {
+      live[token] &= given[token];
+      args.logprobs[token] = args.entropy[token] = 0.f;
+    }
+  }
+
+  void find_live_tokens() {
     const LossRule& rule = args.rule;
     const bool other_terms = has_other_terms(rule);
     for (int64_t i = 0; i < args.responses; ++i) {
@@ -182,26 +202,28 @@ class Pass {
   }
 
   void clear(int64_t row) {
-    args.logprobs[row] = args.entropy[row] = 0.f;
+    args.logprobs[token_of(row)] = args.entropy[token_of(row)] = 0.f;
     if (args.grad != nullptr) fill_zero(row);
   }
 
   Row read(int64_t row) {
-    const Row result = read_row(kernels, logits(row), args.dtype, args.vocab, args.labels[row], rate,
+    const int64_t token = token_of(row);
+    const Row result = read_row(kernels, logits(row), args.dtype, args.vocab, args.labels[token], rate,
                                 infinite.load(std::memory_order_relaxed));
     if (result.stats.infinite) infinite.store(true, std::memory_order_relaxed);
-    args.logprobs[row] = result.logp;
-    args.entropy[row] = result.entropy;
+    args.logprobs[token] = result.logp;
+    args.entropy[token] = result.entropy;
     return result;
   }
 
   void write_grad(int64_t row, const Row& r, double g) {
-    const double h = -static_cast<double>(args.rule.entropy_coef) * weight(row);
+    const int64_t token = token_of(row);
+    const double h = -static_cast<double>(args.rule.entropy_coef) * weight(token);
     if (g == 0.0 && h == 0.0) {
       fill_zero(row);
       return;
     }
-    const RowGrad how = row_grad(r, g, h, args.rule.temperature, rate, args.labels[row], stream);
+    const RowGrad how = row_grad(r, g, h, args.rule.temperature, rate, args.labels[token], stream);
     write_row(kernels, type, logits(row), grad(row), args.vocab, how);
   }
 
@@ -211,12 +233,13 @@ class Pass {
   void token_ratio() {
     parallel_for(args.rows, grain(), args.num_threads, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        if (!live[row]) {
+        const int64_t token = token_of(row);
+        if (!live[token]) {
           clear(row);
           continue;
         }
         const Row r = read(row);
-        const double g = tokens.slope(row, weight(row));
+        const double g = tokens.slope(token, weight(token));
         if (args.grad != nullptr) write_grad(row, r, g);
       }
     });
@@ -271,8 +294,9 @@ class Pass {
 }  // namespace
 
 bool policy_loss(const PolicyLossArgs& args) {
-  if (!cumulative(args.cu_seqlens, args.responses, args.rows)) return false;
-  if (!labels_fit(args.labels, args.mask, args.rows, args.vocab)) return false;
+  if (!cumulative(args.cu_seqlens, args.responses, args.tokens)) return false;
+  if (!labels_fit(args.labels, args.mask, args.tokens, args.vocab)) return false;
+  if (args.token_of != nullptr && !rising(args.token_of, args.rows, args.tokens)) return false;
   Pass(args).run();
   return true;
 }

@@ -1,4 +1,5 @@
-// policy_loss and logprobs on the CPU. N rows, V vocabulary, B responses; strides are in elements.
+// policy_loss and logprobs on the CPU. N tokens, R rows of logits (N of logprobs), V vocabulary, B responses; strides
+// are in elements.
 #pragma once
 #include <cstdint>
 
@@ -8,14 +9,15 @@
 namespace capo {
 
 struct PolicyLossArgs {
-  const void* logits;  // [N, V]
+  const void* logits;  // [R, V]
   int64_t logits_stride;
-  void* grad;  // [N, V], may be the logits; null: no gradient wanted
+  void* grad;  // [R, V], may be the logits; null: no gradient wanted
   int64_t grad_stride;
   bool grad_is_zero;  // rows without a gradient need no writing
   Dtype dtype;        // of both
-  int64_t rows, vocab, responses;
-  const int64_t* labels;  // [N]
+  int64_t rows, vocab, tokens, responses;
+  const int64_t* token_of;  // [R] token of each row, rising, with a ratio per token; null: row i is that of token i
+  const int64_t* labels;    // [N]
   TokenValues values;
   const bool* mask;           // [N] or null: all count
   const int64_t* cu_seqlens;  // [B + 1]
@@ -28,7 +30,7 @@ struct PolicyLossArgs {
   int num_threads;
 };
 
-// False if cu_seqlens or a label of an unmasked row do not fit; then nothing was written.
+// False if cu_seqlens, token_of or a label of an unmasked token do not fit; then nothing was written.
 bool policy_loss(const PolicyLossArgs& args);
 
 struct LogprobsArgs {

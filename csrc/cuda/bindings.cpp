@@ -85,38 +85,51 @@ void bind_steps(py::module_& m) {
 
 void bind_cuda(py::module_& m) {
   m.def("error_text", &error_text, "What the number that a function gave means.");
-  m.def(
-      "credit",
-      [](Address outcomes, Address votes, Address starts, Address ends, Address cu_steps, Address cu_seqlens,
-         Address groups, Address advantages, int64_t responses, int64_t steps, int64_t votes_per_step, int64_t tokens,
-         int vote, double outcome_weight, double process_weight, int normalize, double std_floor, double clamp,
-         int reward, Address stream) {
+  py::class_<CreditArgs>(m, "Credit", py::module_local(), "What advantages are made of, and where they go.")
+      .def(py::init([](Address outcomes, Address votes, Address starts, Address ends, Address cu_steps,
+                       Address cu_seqlens, Address groups, Address advantages, int64_t responses, int64_t steps,
+                       int64_t votes_per_step, int64_t tokens, int vote, double outcome_weight, double process_weight,
+                       int normalize, double std_floor, double clamp, int reward) {
         const CreditRule rule = {static_cast<Vote>(vote),           outcome_weight, process_weight,
                                  static_cast<Normalize>(normalize), std_floor,      clamp,
                                  static_cast<Reward>(reward)};
-        return credit({pointer<const float>(outcomes), pointer<const int8_t>(votes), pointer<const int64_t>(starts),
-                       pointer<const int64_t>(ends), pointer<const int64_t>(cu_steps),
-                       pointer<const int64_t>(cu_seqlens), pointer<const int64_t>(groups), pointer<float>(advantages),
-                       responses, steps, votes_per_step, tokens, rule, 0},
-                      stream_of(stream));
-      },
+        return CreditArgs{pointer<const float>(outcomes),
+                          pointer<const int8_t>(votes),
+                          pointer<const int64_t>(starts),
+                          pointer<const int64_t>(ends),
+                          pointer<const int64_t>(cu_steps),
+                          pointer<const int64_t>(cu_seqlens),
+                          pointer<const int64_t>(groups),
+                          pointer<float>(advantages),
+                          responses,
+                          steps,
+                          votes_per_step,
+                          tokens,
+                          rule,
+                          0};
+      }));
+  m.def(
+      "credit", [](const CreditArgs& args, Address stream) { return credit(args, stream_of(stream)); },
       "Votes, outcomes, steps, groups -> advantages.");
   m.def(
       "policy_loss",
       [](Address logits, int64_t logits_stride, Address grad, int64_t grad_stride, int dtype, int64_t rows,
-         int64_t vocab, int64_t responses, Address labels, Address advantages, Address old_logprobs,
-         Address ref_logprobs, Address rollout_logprobs, Address mask, Address cu_seqlens, float ratio_low,
-         float ratio_high, float clip_dual, int ratio, int reduce, float constant, float kl_coef, int kl,
-         float entropy_coef, float temperature, int objective, float importance_cap, Address loss, Address logprobs_out,
-         Address entropy, Address clip_fraction, Address kl_out, int form, const py::function& workspace,
-         Address stream) {
+         int64_t vocab, int64_t tokens, int64_t responses, Address token_of, Address labels, Address advantages,
+         Address old_logprobs, Address ref_logprobs, Address rollout_logprobs, Address mask, Address cu_seqlens,
+         float ratio_low, float ratio_high, float clip_dual, int ratio, int reduce, float constant, float kl_coef,
+         int kl, float entropy_coef, float temperature, int objective, float importance_cap, Address loss,
+         Address logprobs_out, Address entropy, Address clip_fraction, Address kl_out, const CreditArgs* credit,
+         int form, const py::function& workspace, Address stream) {
         const PolicyLoss args = {head_of(logits, logits_stride, dtype, rows, vocab, labels, temperature, 0),
                                  pointer<void>(grad),
                                  grad_stride,
+                                 tokens,
                                  responses,
+                                 pointer<const int64_t>(token_of),
                                  token_values(advantages, old_logprobs, ref_logprobs, rollout_logprobs),
                                  pointer<const bool>(mask),
                                  pointer<const int64_t>(cu_seqlens),
+                                 credit,
                                  loss_rule(ratio_low, ratio_high, clip_dual, ratio, reduce, constant, kl_coef, kl,
                                            entropy_coef, temperature, objective, importance_cap),
                                  pointer<float>(loss),
@@ -129,7 +142,7 @@ void bind_cuda(py::module_& m) {
         const Address memory = workspace(workspace_of(args, chosen)).cast<Address>();
         return policy_loss(args, chosen, pointer<void>(memory), stream_of(stream));
       },
-      "Logits, labels, advantages -> loss, metrics and gradient. `workspace(size)` gives memory.");
+      "Logits, labels, advantages or a Credit -> loss, metrics and gradient. `workspace(size)` gives memory.");
   m.def(
       "logprobs",
       [](Address logits, int64_t stride, int dtype, int64_t rows, int64_t vocab, Address labels, float temperature,

@@ -3,6 +3,7 @@
 // two passes; every block of a group makes them for itself.
 #include "cuda/credit.h"
 #include "cuda/device.cuh"
+#include "cuda/weights.cuh"
 
 namespace capo::cuda {
 namespace {
@@ -136,16 +137,6 @@ class Group {
     fill_tokens(a.advantages, first, last, value, lane);
   }
 
- private:
-  const CreditArgs& a;
-  Memory& memory;
-  const int64_t leader, id;
-  const int warp, lane;
-  bool broken = false;
-  // advantage = (reward - offset) * factor; for shares that of the outcome, and that of the share.
-  double offset = 0.0, factor = 0.0, share_offset = 0.0, share_factor = 0.0;
-  double members = 0.0, total = 0.0;  // decided responses, sum of their means
-
   // Calls visit(i) for those members whose number is `part` modulo `parts`, each by one warp, in an order of its own.
   template <typename Visit>
   CAPO_DEVICE void each_member(int part, int parts, const Visit& visit) {
@@ -158,6 +149,16 @@ class Group {
       device::sync_block();
     }
   }
+
+ private:
+  const CreditArgs& a;
+  Memory& memory;
+  const int64_t leader, id;
+  const int warp, lane;
+  bool broken = false;
+  // advantage = (reward - offset) * factor; for shares that of the outcome, and that of the share.
+  double offset = 0.0, factor = 0.0, share_offset = 0.0, share_factor = 0.0;
+  double members = 0.0, total = 0.0;  // decided responses, sum of their means
 
   // Appends the members among the next ids to the list, in their order; gives its length.
   CAPO_DEVICE int collect(int64_t first, int number) {
@@ -453,27 +454,51 @@ class Group {
   }
 };
 
-CAPO_KERNEL(kThreads, 2)
-advantages_of_groups(const CreditArgs a) {
-  const int64_t response = device::block() / kParts;
-  const int part = static_cast<int>(device::block() % kParts);
-  Group group(a, response);
+// What both kernels do; gives whether this block did one of a group's parts.
+CAPO_DEVICE bool do_group(const CreditArgs& a, Group& group, int64_t response, int part) {
   if (part == 0 && device::thread() < kLanes) {  // tokens that no response has
     const auto held = [&](int64_t token) { return token < 0 ? 0 : token > a.tokens ? a.tokens : token; };
     const float nan = static_cast<float>(nothing());
     if (response == 0) group.fill(0, held(a.cu_seqlens[0]), nan);
     if (response == a.responses - 1) group.fill(held(a.cu_seqlens[a.responses]), a.tokens, nan);
   }
-  if (group.leads()) group.run(part);
+  if (!group.leads()) return false;
+  group.run(part);
+  return true;
+}
+
+CAPO_KERNEL(kThreads, 2)
+advantages_of_groups(const CreditArgs a) {
+  const int64_t response = device::block() / kParts;
+  Group group(a, response);
+  do_group(a, group, response, static_cast<int>(device::block() % kParts));
+}
+
+CAPO_SLOW void weigh_by_warp(const TokenWeights& a, int64_t response) {
+  weigh_response<kLanes>(a, response, device::thread() % kLanes, [](Seen seen) { return seen_by_warp(seen); });
+}
+
+CAPO_KERNEL(kThreads, 2)
+weights_of_groups(const CreditArgs a, const TokenWeights weights) {
+  const int64_t response = device::block() / kParts;
+  const int part = static_cast<int>(device::block() % kParts);
+  Group group(a, response);
+  if (do_group(a, group, response, part))
+    group.each_member(part, kParts, [&](int64_t i) { weigh_by_warp(weights, i); });
+}
+
+device::Launch how_to_launch(const CreditArgs& args, void* stream) {
+  return {args.responses * kParts, kThreads, static_cast<int>(sizeof(Memory)), 1, static_cast<cudaStream_t>(stream)};
 }
 
 }  // namespace
 
 int credit(const CreditArgs& args, void* stream) {
-  return device::launch(
-      advantages_of_groups,
-      {args.responses * kParts, kThreads, static_cast<int>(sizeof(Memory)), 1, static_cast<cudaStream_t>(stream)},
-      args);
+  return device::launch(advantages_of_groups, how_to_launch(args, stream), args);
+}
+
+int credit_and_weights(const CreditArgs& args, const TokenWeights& weights, void* stream) {
+  return device::launch(weights_of_groups, how_to_launch(args, stream), args, weights);
 }
 
 }  // namespace capo::cuda

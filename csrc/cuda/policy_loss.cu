@@ -1,8 +1,11 @@
-// Launches: counts and weights of the tokens, the rows, the metrics. Dead rows are not read.
+// Launches: counts and weights of the tokens (and their advantages, from a credit), the rows, the metrics. Dead rows
+// are not read.
 #include <algorithm>
 
+#include "cuda/credit.h"
 #include "cuda/policy_loss.h"
 #include "cuda/rows.cuh"
+#include "cuda/weights.cuh"
 
 namespace capo::cuda {
 namespace {
@@ -13,7 +16,7 @@ constexpr int kThreads = kWarps * kLanes;
 constexpr int kWarpsOfRow = 32;
 constexpr int kMostBlocks = 8;  // of a cluster, on any device that has clusters
 
-// Lies in the workspace; the first two are set to zero by every call.
+// Lies in the workspace. Every call sets the first two to zero, and where some tokens have no row, the next three.
 struct Workspace {
   unsigned long long* active;  // [1] number of unmasked tokens
   double* weights;         // [N] of each token in the loss, 0 for the dead; to be divided by `active` for token means
@@ -22,64 +25,47 @@ struct Workspace {
   double *stats, *slopes;  // [N, kRowStats], [N]; in steps
   void* tiles;
 
-  Workspace(void* memory, int64_t rows) {
+  Workspace(void* memory, int64_t tokens) {
     char* next = static_cast<char*>(memory);
     const auto take = [&](auto*& pointer, int64_t count) {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
       next += (count * static_cast<int64_t>(sizeof(*pointer)) + 15) / 16 * 16;
     };
     take(active, 2);
-    take(weights, rows);
-    take(loss, rows);
-    take(kl, rows);
-    take(clipped, rows);
+    take(weights, tokens);
+    size_of_weights = next - static_cast<char*>(memory);
+    take(loss, tokens);
+    take(kl, tokens);
+    take(clipped, tokens);
     size = next - static_cast<char*>(memory);
-    take(slopes, rows);
-    take(stats, rows * kRowStats);
+    take(slopes, tokens);
+    take(stats, tokens * kRowStats);
     tiles = next;
     size_in_steps = next - static_cast<char*>(memory);
   }
-  int64_t size, size_in_steps;
+  int64_t size_of_weights, size, size_in_steps;
 };
 
 // Counts and weights of the tokens of one response.
 CAPO_KERNEL(kThreads, 4)
-weights_of_tokens(const PolicyLoss a, const Workspace w) {
-  auto* const memory = reinterpret_cast<uint32_t*>(device::block_memory());
-  const int lane = device::thread() % kLanes, warp = device::thread() / kLanes;
-  const int64_t begin = a.cu_seqlens[device::block()], end = a.cu_seqlens[device::block() + 1];
-  const int64_t first = (begin > 0 ? begin : 0) + device::thread(), last = end < a.head.rows ? end : a.head.rows;
-  const bool other_terms = has_other_terms(a.rule);
-  const auto active = [&](int64_t row) { return a.mask == nullptr || a.mask[row]; };
-  uint64_t count = 0;
-  bool any = false;
-  for (int64_t row = first; row < last; row += kThreads)
-    if (active(row)) {
-      ++count;
-      any |= a.values.advantages[row] != 0.f;
+weights_of_tokens(const TokenWeights a) {
+  auto* const counts = reinterpret_cast<uint64_t*>(device::block_memory());
+  auto* const any = reinterpret_cast<uint32_t*>(counts + kWarps);
+  weigh_response<kThreads>(a, device::block(), device::thread(), [&](Seen seen) {
+    seen = seen_by_warp(seen);
+    const int warp = device::thread() / kLanes;
+    if (device::thread() % kLanes == 0) {
+      counts[warp] = seen.count;
+      any[warp] = seen.any;
     }
-#pragma unroll
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) count += device::shuffle_xor(count, mask);
-  any = device::ballot(any) != 0;
-  auto* const counts = reinterpret_cast<uint64_t*>(memory);
-  if (lane == 0) {
-    counts[warp] = count;
-    memory[2 * kWarps + warp] = any;
-  }
-  device::sync_block();
-  count = 0;
-  any = false;
-  for (int i = 0; i < kWarps; ++i) {
-    count += counts[i];
-    any |= memory[2 * kWarps + i] != 0;
-  }
-  if (device::thread() == 0) device::add_to_count(w.active, count);
-  double weight = 1.0;
-  if (a.rule.reduce == Reduce::kSequenceMean) weight /= static_cast<double>(count) * static_cast<double>(a.responses);
-  if (a.rule.reduce == Reduce::kConstant) weight /= static_cast<double>(a.rule.constant);
-  const bool together = a.rule.ratio != Ratio::kToken;
-  for (int64_t row = first; row < last; row += kThreads)
-    if (active(row) && (other_terms || (together ? any : a.values.advantages[row] != 0.f))) w.weights[row] = weight;
+    device::sync_block();
+    seen = {0, false};
+    for (int i = 0; i < kWarps; ++i) {
+      seen.count += counts[i];
+      seen.any |= any[i] != 0;
+    }
+    return seen;
+  });
 }
 
 // A row that a block, or a cluster of blocks, has to itself.
@@ -91,6 +77,8 @@ struct LossRows {
   int64_t tiles_of_block;
 };
 
+CAPO_DEVICE int64_t token_of(const PolicyLoss& l, int64_t row) { return l.token_of == nullptr ? row : l.token_of[row]; }
+
 template <Dtype kType, bool kOnChip, int kRowWarps>
 CAPO_DEVICE void loss_of_row(const LossRows& a) {
   const PolicyLoss& l = a.loss;
@@ -99,11 +87,12 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   const int64_t first = rank * a.tiles_of_block + warp;
   const int64_t end = (rank + 1) * a.tiles_of_block, last = end < tiles ? end : tiles;
-  char* const grad = l.grad == nullptr ? nullptr : row_at<kType>(l.grad, row, l.grad_stride);
-  double weight = a.w.weights[row];
-  if (weight == 0.0) {
-    if (grad != nullptr) write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
-    if (rank == 0 && device::thread() == 0) l.logprobs[row] = l.entropy[row] = 0.f;
+  const int64_t token = token_of(l, row);  // below it is looked up again, as registers are short
+  const bool inside = token >= 0 && token < l.tokens;
+  if (!inside || a.w.weights[token] == 0.0) {
+    if (l.grad != nullptr)
+      write_zeros<kType>(row_at<kType>(l.grad, row, l.grad_stride), first, last, kRowWarps, vocab, lane);
+    if (inside && rank == 0 && device::thread() == 0) l.logprobs[token] = l.entropy[token] = 0.f;
     return;
   }
   if constexpr (kOnChip) device::arrive_at_cluster();
@@ -112,10 +101,11 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
   char* const kept = reinterpret_cast<char*>(stats) + (tiles * sizeof(TileStats) + 15) / 16 * 16;
   constexpr int64_t kBytes = kTile * Format<kType>::kSize;
   const char* const logits = row_at<kType>(l.head.logits, row, l.head.stride);
-  const int64_t label = l.head.labels[row];
-  const bool known = label >= 0 && label < vocab;
-  float at_label = not_a_number();
-  if (known && device::thread() == 0) at_label = Format<kType>::load(logits, label);
+  if (device::thread() == 0) {  // kept in memory of its own, as registers are short
+    const int64_t label = l.head.labels[token_of(l, row)];
+    const bool known = label >= 0 && label < vocab;
+    how->label_grad = known ? Format<kType>::load(logits, label) : not_a_number();
+  }
   Exponent<kType> exponent(a.rate);
   for (int64_t tile = first; tile < last; tile += kRowWarps) {
     Tile<kType> z;
@@ -139,24 +129,27 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
     Row result = {};
     result.stats = put_together(stats, tiles, a.rate, lane);
     if (lane == 0) {
-      result.at_label = at_label;
+      result.at_label = how->label_grad;
       finish_row(result, a.rate);
-      const float ratio = own_log_ratio(l.values, row, result.logp);
-      const TokenTerms terms = token_terms(token_input(l.values, row, result.logp, result.entropy, ratio), l.rule);
+      const int64_t token = token_of(l, row);
+      double weight = a.w.weights[token];
+      const float ratio = own_log_ratio(l.values, token, result.logp);
+      const TokenTerms terms = token_terms(token_input(l.values, token, result.logp, result.entropy, ratio), l.rule);
       if (rank == 0) {
-        l.logprobs[row] = result.logp;
-        l.entropy[row] = result.entropy;
-        a.w.loss[row] = terms.loss;
-        a.w.kl[row] = terms.kl;
-        a.w.clipped[row] = terms.clipped;
+        l.logprobs[token] = result.logp;
+        l.entropy[token] = result.entropy;
+        a.w.loss[token] = terms.loss;
+        a.w.kl[token] = terms.kl;
+        a.w.clipped[token] = terms.clipped;
       }
       if (l.rule.reduce == Reduce::kTokenMean) weight *= 1.0 / static_cast<double>(*a.w.active);
       const double slope = (static_cast<double>(terms.through_ratio) + terms.through_logp) * weight;
       const double entropy_slope = -static_cast<double>(l.rule.entropy_coef) * weight;
-      *how = grad_factors(result, slope, entropy_slope, l.rule.temperature, label);
+      *how = grad_factors(result, slope, entropy_slope, l.rule.temperature, l.head.labels[token]);
     }
   }
-  if (grad == nullptr) return;
+  if (l.grad == nullptr) return;
+  char* const grad = row_at<kType>(l.grad, row, l.grad_stride);
   device::sync_block();
   const GradFactors factors = *how;
   if (factors.zero) return write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
@@ -174,7 +167,7 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
 }
 
 template <Dtype kType>
-CAPO_KERNEL(kThreads, 4)
+CAPO_KERNEL(kThreads, kType == Dtype::kFloat32 ? 3 : 4)
 loss_of_rows_on_chip(const LossRows a) {
   if constexpr (device::kHasClusters) loss_of_row<kType, true, kWarps>(a);
 }
@@ -191,16 +184,19 @@ metrics(const PolicyLoss a, const Workspace w) {
   constexpr int kAll = kWarpsOfRow * kLanes;
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   double sums[3] = {};
-  for (int64_t row = device::thread(); row < a.head.rows; row += kAll) {
-    const double weight = w.weights[row];
+  for (int64_t token = device::thread(); token < a.tokens; token += kAll) {
+    const double weight = w.weights[token];
     if (weight == 0.0) continue;
-    sums[0] += w.loss[row] * weight;
-    sums[1] += w.kl[row];
-    sums[2] += w.clipped[row];
+    sums[0] += w.loss[token] * weight;
+    sums[1] += w.kl[token];
+    sums[2] += w.clipped[token];
   }
   bool fits = true;
   for (int64_t i = device::thread(); i < a.responses; i += kAll) fits &= a.cu_seqlens[i] <= a.cu_seqlens[i + 1];
-  fits &= a.cu_seqlens[0] == 0 && a.cu_seqlens[a.responses] == a.head.rows;
+  fits &= a.cu_seqlens[0] == 0 && a.cu_seqlens[a.responses] == a.tokens;
+  if (a.token_of != nullptr)
+    for (int64_t i = device::thread(); i < a.head.rows; i += kAll)
+      fits &= (i == 0 ? -1 : a.token_of[i - 1]) < a.token_of[i] && a.token_of[i] < a.tokens;
   if (!fits) sums[0] = static_cast<double>(not_a_number());
   auto* const memory = reinterpret_cast<double*>(device::block_memory());
 #pragma unroll
@@ -284,25 +280,30 @@ int loss_in_steps(const PolicyLoss& args, const Workspace& w, Stream stream) {
 
 Form form_of(const PolicyLoss& args) {
   if (args.rule.ratio != Ratio::kToken) return Form::kInSteps;
-  if (args.form != Form::kChosen) return args.form;
+  if (args.form != Form::kChosen && (args.form != Form::kInSteps || args.token_of == nullptr)) return args.form;
   if (device::has_clusters() && cluster_of(args.head, device::most_memory()).blocks > 0) return Form::kOnChip;
   const bool fits = memory_of_row(tiles_of(args.head.vocab)) <= device::most_memory();
-  return fits && args.head.rows >= 2 * device::multiprocessors() ? Form::kTwoPasses : Form::kInSteps;
+  const bool many = args.head.rows >= 2 * device::multiprocessors();
+  return args.token_of != nullptr || (fits && many) ? Form::kTwoPasses : Form::kInSteps;
 }
 
 size_t workspace_of(const PolicyLoss& args, Form form) {
-  const Workspace sizes(nullptr, args.head.rows);
+  const Workspace sizes(nullptr, args.tokens);
   if (form != Form::kInSteps) return static_cast<size_t>(sizes.size);
   return static_cast<size_t>(sizes.size_in_steps) + size_of_tiles(args.head.rows, args.head.vocab);
 }
 
 int policy_loss(const PolicyLoss& args, Form form, void* workspace, Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const Workspace w(workspace, args.head.rows);
-  int error = device::clear(workspace,
-                            static_cast<size_t>(reinterpret_cast<char*>(w.loss) - static_cast<char*>(workspace)), on);
+  const Workspace w(workspace, args.tokens);
+  const bool whole = args.token_of == nullptr && args.head.rows == args.tokens;
+  int error = device::clear(workspace, static_cast<size_t>(whole ? w.size_of_weights : w.size), on);
   if (error != 0) return error;
-  error = device::launch(weights_of_tokens, {args.responses, kThreads, 12 * kWarps, 1, on}, args, w);
+  const TokenWeights weights = {args.values.advantages, args.mask, args.cu_seqlens, args.tokens,
+                                args.responses,         args.rule, w.active,        w.weights};
+  error = args.credit == nullptr
+              ? device::launch(weights_of_tokens, {args.responses, kThreads, 12 * kWarps, 1, on}, weights)
+              : credit_and_weights(*args.credit, weights, stream);
   if (error != 0) return error;
   error = form == Form::kInSteps ? loss_in_steps(args, w, stream) : loss_of_rows(args, form, w, on);
   if (error != 0) return error;

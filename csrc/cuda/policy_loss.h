@@ -1,5 +1,6 @@
-// policy_loss on the GPU: N rows, V vocabulary, B responses; strides are in elements.
+// policy_loss on the GPU: N tokens, R rows of logits, V vocabulary, B responses; strides are in elements.
 #pragma once
+#include "common/credit.h"
 #include "cuda/rows.h"
 
 namespace capo::cuda {
@@ -13,16 +14,18 @@ enum class Form : int {
 };
 
 struct PolicyLoss {
-  Head head;
-  void* grad;  // [N, V], may be the logits; null: no gradient wanted
+  Head head;   // its labels are those of all tokens
+  void* grad;  // [R, V], may be the logits; null: no gradient wanted
   int64_t grad_stride;
-  int64_t responses;
+  int64_t tokens, responses;
+  const int64_t* token_of;  // [R] token of each row, rising; loss in steps has none. Null: row i is that of token i
   TokenValues values;
   const bool* mask;           // [N] or null: all count
   const int64_t* cu_seqlens;  // [B + 1]
+  const CreditArgs* credit;  // of the same cu_seqlens, that makes the advantages among the values; null: they are there
   LossRule rule;
-  float* loss;           // [1], NaN if cu_seqlens do not fit
-  float* logprobs;       // [N]
+  float* loss;           // [1], NaN if cu_seqlens or token_of do not fit
+  float* logprobs;       // [N], zeros where there is a token_of, as is the next
   float* entropy;        // [N]
   float* clip_fraction;  // [1]
   float* kl;             // [1]
