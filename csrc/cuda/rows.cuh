@@ -343,7 +343,7 @@ CAPO_DEVICE Vector gradient(const Vector& logits, const Exponent<kType>& exponen
 // The gradient is written tile by tile, each from shift_of(grad) columns before it on, the last one up to the end of
 // the row. Whether such a tile is one of `Tile`:
 template <Dtype kType>
-CAPO_DEVICE bool is_whole(const char* logits, const char* grad, int tile, int64_t vocab) {
+CAPO_DEVICE bool is_whole(const char* logits, const char* grad, int64_t vocab, int tile) {
   const int shift = Format<kType>::shift_of(grad);
   return Format<kType>::shift_of(logits) == shift && Tile<kType>::whole(vocab, tile, shift);
 }
