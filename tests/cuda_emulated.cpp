@@ -19,6 +19,7 @@ PYBIND11_MODULE(cuda_emulated, m) {
     capo::device::rows = {std::move(rows), 0};
     return outside;
   });
+  m.def("elements", [] { return capo::device::elements; });
   m.def("launches", [] { return capo::device::emulated.launches; });
   m.attr("architectures") = "emulated";
   capo::bind_cuda(m);

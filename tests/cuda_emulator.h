@@ -236,14 +236,17 @@ struct Rows {
   }
 };
 inline Rows rows;
+inline int64_t elements = 0;  // read and written one by one
 
 template <typename T>
 T load_element(const T* p) {
+  ++elements;
   rows.check(p, sizeof(T));
   return *p;
 }
 template <typename T>
 void store_element(T* p, T x) {
+  ++elements;
   rows.check(p, sizeof(T));
   *p = x;
 }

@@ -196,6 +196,25 @@ def test_an_odd_address_changes_no_bit_and_no_byte_beside_a_row_is_touched(dtype
 
 
 @pytest.mark.parametrize("form", cuda.FORMS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_but_for_its_ends_a_row_at_an_odd_address_is_read_and_written_by_vectors(dtype, form, device, monkeypatch):
+    if GPU:
+        pytest.skip("the emulator counts")
+    monkeypatch.setattr(cuda, "_form", form)
+    vocab, width = 12 * 1024 + 1, 16 // dtype.itemsize
+    batch = random_batch(lengths=(1,), vocab=vocab, dtype=dtype).replace(mask=None)
+    batch.credit[:] = 1.0
+    _, *others = batch.values()
+    for offset in range(width):
+        (_, logits), (_, grad) = (rows_at(offset, 1, vocab, dtype, device) for _ in range(2))
+        logits.copy_(batch.logits)
+        before = emulated.module().elements()
+        backends.kernel("policy_loss", device)(logits, grad, *others, *capo.ops._fields(RULE))
+        # The sums read the first tile and the last one column by column, and for all others what lies in the next vector.
+        assert emulated.module().elements() - before < 2 * 1024 + 12 * width + 5 * width
+
+
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
 def test_a_label_beyond_the_vocabulary_writes_nothing(form, device, monkeypatch):
     monkeypatch.setattr(cuda, "_form", form)
     batch = random_batch(lengths=(2,), vocab=1500).replace(mask=None).to(device)

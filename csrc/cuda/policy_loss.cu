@@ -174,7 +174,7 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
         z.get(kept + (tile - rank * a.tiles_of_block) * kBytes, lane);
       else
         z.template read<false>(logits, tile, Format<kType>::shift_of(grad), lane);
-      write_gradient(z, grad, tile, exponent, factors, lane);
+      write_gradient(z, grad, tile, exponent, factors, how->label, how->label_grad, lane);
     } else {
       write_gradient_in_part<kType>(logits, grad, vocab, tile, a.rate, how);
     }

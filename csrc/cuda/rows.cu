@@ -122,9 +122,9 @@ gradient_of_rows(const RowGrads a, int64_t splits) {
     if (is_whole<kType>(logits, grad, head.vocab, tile)) {
       Tile<kType> z;
       z.template read<false>(logits, tile, Format<kType>::shift_of(grad), lane);
-      write_gradient(z, grad, tile, exponent, how, lane);
+      write_gradient(z, grad, tile, exponent, how, shared->label, shared->label_grad, lane);
     } else {
-      write_gradient_in_part<kType>(logits, grad, head.vocab, tile, rate, shared);
+      write_gradient_in_part<kType>(logits, grad, head.vocab, tile, rate_of(temperature_of(head, row), kType), shared);
     }
   }
 }

@@ -157,6 +157,12 @@ struct Tile {
     return column(tile, 0, 0) >= shift && column(tile + 1, 0, 0) - shift <= vocab;
   }
 
+  // The same, and none is left behind the last tile.
+  CAPO_DEVICE static bool whole_to_end(int64_t vocab, int tile, int shift) {
+    const int64_t end = column(tile + 1, 0, 0);
+    return whole(vocab, tile, shift) && (end < vocab || end - shift == vocab);
+  }
+
   // Those columns of a whole tile.
   template <bool kKeep>
   CAPO_DEVICE void read(const char* row, int tile, int shift, int lane) {
@@ -345,20 +351,20 @@ CAPO_DEVICE Vector gradient(const Vector& logits, const Exponent<kType>& exponen
 template <Dtype kType>
 CAPO_DEVICE bool is_whole(const char* logits, const char* grad, int64_t vocab, int tile) {
   const int shift = Format<kType>::shift_of(grad);
-  return Format<kType>::shift_of(logits) == shift && Tile<kType>::whole(vocab, tile, shift);
+  return Format<kType>::shift_of(logits) == shift && Tile<kType>::whole_to_end(vocab, tile, shift);
 }
 
 template <Dtype kType>
 CAPO_DEVICE void write_gradient(const Tile<kType>& z, char* grad, int tile, const Exponent<kType>& exponent,
-                                const GradFactors& how, int lane) {
+                                const GradFactors& how, int64_t label, float label_grad, int lane) {
   using F = Format<kType>;
   const int shift = F::shift_of(grad);
   char* const to = grad + (Tile<kType>::column(tile, 0, lane) - shift) * F::kSize;
 #pragma unroll
   for (int k = 0; k < F::kVectors; ++k) device::store_once(to + k * kLanes * 16, gradient(z.data[k], exponent, how));
   // Over what the same lane just wrote.
-  const uint64_t place = static_cast<uint64_t>(how.label + shift - Tile<kType>::column(tile, 0, 0));
-  if (place < kTile && static_cast<int>(place / F::kWidth % kLanes) == lane) F::store(grad, how.label, how.label_grad);
+  const uint64_t place = static_cast<uint64_t>(label + shift - Tile<kType>::column(tile, 0, 0));
+  if (place < kTile && static_cast<int>(place / F::kWidth % kLanes) == lane) F::store(grad, label, label_grad);
 }
 
 // The same where the tile is not whole.
@@ -388,7 +394,7 @@ CAPO_DEVICE void write_zeros(char* grad, int first, int last, int step, int64_t 
   using F = Format<kType>;
   const int shift = F::shift_of(grad);
   for (int tile = first; tile < last; tile += step) {
-    if (Tile<kType>::whole(vocab, tile, shift)) {
+    if (Tile<kType>::whole_to_end(vocab, tile, shift)) {
       char* const to = grad + (Tile<kType>::column(tile, 0, lane) - shift) * F::kSize;
 #pragma unroll
       for (int k = 0; k < F::kVectors; ++k) device::store_once(to + k * kLanes * 16, Vector{});
