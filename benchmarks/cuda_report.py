@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
@@ -27,13 +26,17 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 FILES = ("rows", "policy_loss", "credit")
 FLAGS = ("-std=c++20", "-O3", "-fmad=false")  # as CMakeLists.txt has them
-THREADS = {"loss_of_rows_in_two_passes": 1024, "metrics": 1024}  # all others: 256
+# Threads of a block; all others have 256.
+THREADS = {("loss_of_rows_in_two_passes", "float32"): 512, ("metrics", None): 1024}
+THREADS |= {("loss_of_rows_in_two_passes", dtype): 1024 for dtype in ("bfloat16", "float16")}
+PARTS = ("sums", "sums at odd addresses", "gradient")
 TYPES = ("float32", "bfloat16", "float16")
 
 # An H200, as in gpu_report.py; shared memory of a multiprocessor, what a block of it costs besides.
 MULTIPROCESSORS, CLOCK, DRAM, L2 = 132, 1.7e9, 4.3e12, 5.5e12
 REGISTERS, WARPS, SHARED, RESERVED = 65536, 64, 228 * 1024, 1024
 TILE, TILE_STATS, FACTORS = 1024, 24, 32
+PRIME = 151_937  # a vocabulary of which no two rows that follow each other begin at multiples of 16 bytes
 
 
 @dataclass
@@ -45,11 +48,11 @@ class Kernel:
     registers: int
     spilled: int  # bytes stored and loaded
     stack: int
-    instructions: dict[str, float]  # of a thread for each logit: "sums", "gradient"
+    instructions: dict[str, float]  # of a thread for each logit: "sums", "sums at odd addresses", "gradient"
 
     def blocks(self, memory: int = 0) -> int:
         """How many fit on a multiprocessor, by registers, warps and shared memory."""
-        threads = THREADS.get(self.name, 256)
+        threads = THREADS.get((self.name, self.dtype), 256)
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
         return min(by_registers, WARPS * 32 // threads, SHARED // (memory + RESERVED))
 
@@ -76,21 +79,41 @@ def name_of(mangled: str) -> tuple[str, str | None]:
     return name, None if dtype is None else TYPES[int(dtype[1])]
 
 
-def usual(lines: list[str]) -> list[str]:
-    """Instructions of a loop without the blocks that call a function, as for vectors at the end of a row."""
+def paths_of(lines: list[str]) -> dict[tuple[bool, int], int]:
+    """The fewest instructions in one turn of a loop, of paths that differ in whether they read 16 bytes at a time, and in
+    how many words the lanes pass on; without those that call a function."""
     blocks: list[list[str]] = [[]]
+    starts: dict[str, int] = {}
     for line in lines:
-        if line.strip().startswith(".L_x_"):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
             blocks.append([])
+            starts[label[1]] = len(blocks) - 1
         if re.search(r"/\*\w{4,}\*/", line):
             blocks[-1].append(line)
-        if re.search(r"\b(BRA|BRX|EXIT)\b", line):
+        if re.search(r"\b(BRA|EXIT)\b", line):
             blocks.append([])
-    return [line for block in blocks if not any("CALL" in line for line in block) for line in block]
+    fewest: list[dict[tuple[bool, int], int]] = [{} for _ in blocks]  # on the way to each block
+    fewest[0] = {(False, 0): 0}
+    for number, block in enumerate(blocks[:-1]):
+        if any(re.search(r"\bCALL\b(?!.*`\(\.L_x_)", line) for line in block):  # a call of a label is a jump
+            continue
+        last = block[-1] if block else ""
+        jump = re.search(r"\bBRA(?!\.DIV)\b.*`\((\.L_x_\d+)\)", last)
+        target = starts.get(jump[1], 0) if jump else 0
+        always = number + 2 < len(blocks) and re.search(r"\*/ +BRA +`", last)
+        after = {*([] if always else [number + 1]), *([target] if target > number else [])}
+        vectors = sum(bool(re.search(r"\bLD[GS]\S*\.128\b", line)) for line in block) >= 4
+        words = sum("SHFL.IDX" in line for line in block)
+        for (some, passed), count in fewest[number].items():
+            key = (some or vectors, passed + words)
+            for place in after:
+                fewest[place][key] = min(fewest[place].get(key, count + len(block)), count + len(block))
+    return fewest[-1]
 
 
 def loops_of(sass: str) -> dict[str, float]:
-    """Instructions per logit of the innermost loop over logits that writes and the one that does not."""
+    """Instructions per logit of the innermost loop over logits that writes and of the one that does not: in rows that begin
+    at a multiple of 16 bytes, and, for the sums, at the worst address."""
     lines, labels, loops = sass.splitlines(), {}, {}
     for number, line in enumerate(lines):
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -98,12 +121,19 @@ def loops_of(sass: str) -> dict[str, float]:
         branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
         if branch is None or branch[1] not in labels:
             continue
-        body = usual(lines[labels[branch[1]] : number + 1])
+        body = lines[labels[branch[1]] : number + 1]
         exponentials = sum("MUFU.EX2" in text for text in body)
-        what = "gradient" if sum("STG" in text for text in body) >= 4 else "sums"  # the sums of a tile are stored, too
-        if exponentials >= 16 and len(body) < loops.get(what, (math.inf, 0))[0]:
-            loops[what] = len(body), len(body) / exponentials
-    return {what: each for what, (_, each) in loops.items()}
+        what = "gradient" if sum("STG" in text and ".128" in text for text in body) >= 4 else "sums"
+        if exponentials < 16 or len(body) > loops.get(what, (len(body), {}))[0]:
+            continue
+        counts = {words: count for (vectors, words), count in paths_of(body).items() if vectors}
+        if 0 not in counts:  # a jump back into the loop from where its lanes come together
+            continue
+        found = {what: counts[0] / exponentials}
+        if len(counts) > 1:
+            found[f"{what} at odd addresses"] = max(counts.values()) / exponentials
+        loops[what] = len(body), found
+    return {what: each for _, found in loops.values() for what, each in found.items()}
 
 
 def compiled(file: str, target: str) -> list[Kernel]:
@@ -136,11 +166,11 @@ def report(target: str) -> list[Kernel]:
 
 def table(kernels: list[Kernel]) -> str:
     lines = [
-        "| kernel | logits | registers | spilled bytes | blocks on an SM | instructions per logit: sums, gradient |",
+        "| kernel | logits | registers | spilled bytes | blocks on an SM | instructions per logit: sums, odd, gradient |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for k in sorted(kernels, key=lambda k: (k.name, k.dtype or "")):
-        work = ", ".join(f"{k.instructions[what]:.1f}" for what in ("sums", "gradient") if what in k.instructions)
+        work = ", ".join(f"{k.instructions[what]:.1f}" for what in PARTS if what in k.instructions)
         dtype = k.dtype or ""
         lines.append(f"| `{k.name}` | {dtype} | {k.registers} | {k.spilled} | {k.blocks()} | {work} |")
     return "\n".join(lines)
@@ -150,7 +180,6 @@ def predictions(kernels: list[Kernel]) -> str:
     """Times of the shapes of docs/gpu.md from bytes and instructions."""
     by_name = {(k.name, k.dtype): k for k in kernels}
     rows, vocab, cluster = 8192, 151_936, 8
-    row = 2 * vocab  # bytes
     tiles = -(-vocab // TILE)
     memory = FACTORS + tiles * TILE_STATS + -(-tiles // cluster) * TILE * 2
     lanes = MULTIPROCESSORS * 4 * 32 * CLOCK
@@ -159,11 +188,12 @@ def predictions(kernels: list[Kernel]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
 
-    def add(what, kernel, live, reads, writes, parts, memory=0):
+    def add(what, kernel, live, reads, writes, parts, memory=0, columns=vocab):
         """``live``: share of the rows that is read ``reads`` times; ``writes``: rows written, for each of all."""
         work = sum(kernel.instructions.get(part, 0.0) for part in parts)
-        bytes_of_memory = rows * row * (live * min(reads, 1) + writes)
-        times = bytes_of_memory / DRAM, rows * row * (live * reads + writes) / L2, rows * live * vocab * work / lanes
+        all_bytes = 2 * rows * columns
+        bytes_of_memory = all_bytes * (live * min(reads, 1) + writes)
+        times = bytes_of_memory / DRAM, all_bytes * (live * reads + writes) / L2, rows * live * columns * work / lanes
         numbers = " | ".join(f"{1e3 * t:.2f}" for t in (*times, max(times)))
         lines.append(f"| {what} | {numbers} | {kernel.blocks(memory)} |")
 
@@ -172,8 +202,12 @@ def predictions(kernels: list[Kernel]) -> str:
         add(f"loss and gradient on chip, live {live:g}", on_chip, live, 1, 1, ("sums", "gradient"), memory)
     for live in (0.5, 0.25, 0.05):
         add(f"the same of live rows only, live {live:g}", on_chip, live, 1, live, ("sums", "gradient"), memory)
+    at_odd_addresses = ("sums at odd addresses", "gradient")
+    add(f"loss and gradient on chip, live 1, {PRIME} columns", on_chip, 1.0, 1, 1, at_odd_addresses, memory, PRIME)
     add("loss and gradient in two passes, live 1", two_passes, 1.0, 2, 1, ("sums", "gradient"))
-    add("log-probabilities and entropy", by_name["tiles_of_rows", "bfloat16"], 1.0, 1, 0, ("sums",))
+    reading = by_name["tiles_of_rows", "bfloat16"]
+    add("log-probabilities and entropy", reading, 1.0, 1, 0, ("sums",))
+    add(f"log-probabilities and entropy, {PRIME} columns", reading, 1.0, 1, 0, at_odd_addresses[:1], columns=PRIME)
     tokens, steps, votes = 4096 * 8192, 4096 * 32, 8
     # Two blocks a group of 16 look at all ids, and at bounds and votes three times: to check them, for the sums, for the
     # squares; then once more to write.

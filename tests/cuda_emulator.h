@@ -12,6 +12,7 @@
 
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define CAPO_DEVICE inline
@@ -221,8 +222,41 @@ T* in_block(T* shared, int rank) {
   return reinterpret_cast<T*>(machine().block_memory(rank) + (reinterpret_cast<char*>(shared) - block_memory()));
 }
 
+// Rows of logits and of gradients: while there are any, what is read or written by vectors or elements must lie in one
+// of them as a whole. Counts what does not.
+struct Rows {
+  std::vector<std::pair<uintptr_t, uintptr_t>> all;  // begin, end
+  int64_t outside = 0;
+
+  void check(const void* p, size_t size) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+    for (const auto& row : all)
+      if (row.first <= begin && begin + size <= row.second) return;
+    outside += !all.empty();
+  }
+};
+inline Rows rows;
+inline int64_t elements = 0;  // read and written one by one
+
+template <typename T>
+T load_element(const T* p) {
+  ++elements;
+  rows.check(p, sizeof(T));
+  return *p;
+}
+template <typename T>
+void store_element(T* p, T x) {
+  ++elements;
+  rows.check(p, sizeof(T));
+  *p = x;
+}
+inline uint32_t shift_right(uint32_t low, uint32_t high, int bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits);
+}
+
 // Addresses must be those that a GPU accepts.
 inline void* aligned(const void* p) {
+  rows.check(p, 16);
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
     fprintf(stderr, "cuda_emulator: 16 bytes at an address that is no multiple of 16\n");
     abort();

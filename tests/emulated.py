@@ -27,41 +27,47 @@ def compiler() -> str | None:
     return found if done.returncode == 0 else None
 
 
-def build(root: Path, folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
-    """Compile the kernels of a checkout into a module in the folder."""
+def sources(root: Path) -> list[Path]:
+    """What the module of a checkout is made of."""
+    return [
+        *sorted((root / "csrc/cuda").glob("*.cu")),
+        root / "csrc/cuda/bindings.cpp",
+        ROOT / "tests/cuda_emulated.cpp",
+    ]
+
+
+def compile_all(root: Path, files: list[Path], folder: Path, flags: tuple[str, ...] = ("-O2",)) -> list[Path]:
+    """Object files of some sources of a checkout, made at once."""
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [*sorted((root / "csrc/cuda").glob("*.c*")), ROOT / "tests/cuda_emulated.cpp"]
-    sources = [path for path in sources if path.suffix in (".cu", ".cpp")]
     includes = [root / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include")]
     common = [
         compiler(), "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra",
         "-Wno-unknown-pragmas", "-DCAPO_EMULATED", *(f"-I{path}" for path in includes),
     ]  # fmt: skip
-    running = []
-    for source in sources:
-        level = flags if source.suffix == ".cu" else ("-O1",)
-        command = [
-            *common,
-            *level,
-            "-x",
-            "c++",
-            "-c",
-            str(source),
-            "-o",
-            str(folder / f"{source.stem}{source.suffix[1:]}.o"),
-        ]
+    objects, running = [folder / f"{file.stem}{file.suffix[1:]}.o" for file in files], []
+    for file, target in zip(files, objects, strict=True):
+        level = flags if file.suffix == ".cu" else ("-O1",)
+        command = [*common, *level, "-x", "c++", "-c", str(file), "-o", str(target)]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     said = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise RuntimeError("the emulated CUDA kernels do not compile:\n" + "\n".join(said))
-    target = folder / f"cuda_emulated{SUFFIX}"
-    linked = folder / "linking.so"
-    objects = [str(path) for path in folder.glob("*.o")]
-    subprocess.run([compiler(), "-shared", *flags, "-o", str(linked), *objects], check=True)
+    return objects
+
+
+def link(objects: list[Path], folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
+    """The module of object files, in the folder."""
+    target, linked = folder / f"cuda_emulated{SUFFIX}", folder / "linking.so"
+    subprocess.run([compiler(), "-shared", *flags, "-o", str(linked), *map(str, objects)], check=True)
     linked.replace(target)
     return target
+
+
+def build(root: Path, folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
+    """Compile the kernels of a checkout into a module in the folder."""
+    return link(compile_all(root, sources(root), folder, flags), folder, flags)
 
 
 def load(path: Path):

@@ -6,6 +6,7 @@ them; what the compiler makes of them is asked of the module, where it was built
 
 import importlib
 import math
+import mmap
 
 import emulated
 import pytest
@@ -153,6 +154,87 @@ def test_nothing_beside_the_rows_is_read_or_written(dtype, form, device, monkeyp
         assert torch.equal(leaf.grad, expected[-1])
         wide[:, offset : offset + 1500] = 0
         assert int(wide.isnan().sum()) == 5 * 17
+
+
+def rows_at(offset, rows, vocab, dtype, device):
+    """Contiguous rows of NaN that begin `offset` elements behind a multiple of 16 bytes, and the memory around them."""
+    memory = torch.full((rows * vocab + 32,), math.nan, dtype=dtype, device=device)
+    assert memory.data_ptr() % 16 == 0
+    return memory, memory[16 + offset :][: rows * vocab].view(rows, vocab)
+
+
+def watch(*tensors):
+    """From now on rows of these tensors alone may be touched. Gives how often another place was, since the last call."""
+    if GPU:  # compute-sanitizer watches there
+        return 0
+    sizes = [(row.data_ptr(), row.nbytes) for tensor in tensors for row in tensor]
+    return emulated.module().watch([(begin, begin + size) for begin, size in sizes])
+
+
+# Rows of one vector or less, and of two tiles: of 2047 columns all vectors end in other columns than tiles do.
+@pytest.mark.parametrize("vocab", [1, 5, 2047])
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_odd_address_changes_no_bit_and_no_byte_beside_a_row_is_touched(dtype, form, vocab, device, monkeypatch):
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(3, 3), vocab=vocab, dtype=dtype).replace(mask=None)
+    batch.credit[:] = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, -1.0])  # the third row is dead
+    batch.labels[0], batch.labels[1], batch.labels[-1] = 0, vocab - 1, vocab - 1
+    batch = batch.to(device)
+    _, *others = batch.values()
+    kernel = backends.kernel("policy_loss", device)
+
+    def results(logits, grad):
+        return (*kernel(logits, grad, *others, *capo.ops._fields(RULE)), grad)
+
+    wide = torch.zeros(6, (vocab + 7) // 8 * 8, dtype=dtype, device=device)[:, :vocab]
+    expected = results(wide.copy_(batch.logits), torch.zeros_like(wide, memory_format=torch.preserve_format))
+    for offset in range(16 // dtype.itemsize):
+        for other in (0, 3):  # the gradient at the same distance from a multiple of 16 bytes as the logits, and not
+            (_, logits), (memory, grad) = (
+                rows_at(x % (16 // dtype.itemsize), 6, vocab, dtype, device) for x in (offset, offset + other)
+            )
+            logits.copy_(batch.logits)
+            watch(logits, grad)
+            found = results(logits, grad)
+            assert watch() == 0
+            assert same([expected, found]), (offset, other)
+            assert int(memory.isnan().sum()) == 32
+
+
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_but_for_its_ends_a_row_at_an_odd_address_is_read_and_written_by_vectors(dtype, form, device, monkeypatch):
+    if GPU:
+        pytest.skip("the emulator counts")
+    monkeypatch.setattr(cuda, "_form", form)
+    vocab, width = 12 * 1024 + 1, 16 // dtype.itemsize
+    batch = random_batch(lengths=(1,), vocab=vocab, dtype=dtype).replace(mask=None)
+    batch.credit[:] = 1.0
+    _, *others = batch.values()
+    for offset in range(width):
+        (_, logits), (_, grad) = (rows_at(offset, 1, vocab, dtype, device) for _ in range(2))
+        logits.copy_(batch.logits)
+        before = emulated.module().elements()
+        backends.kernel("policy_loss", device)(logits, grad, *others, *capo.ops._fields(RULE))
+        # The sums read the first tile and the last one column by column, and for all others what lies in the next vector.
+        assert emulated.module().elements() - before < 2 * 1024 + 12 * width + 5 * width
+
+
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
+def test_a_label_beyond_the_vocabulary_writes_nothing(form, device, monkeypatch):
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(2,), vocab=1500).replace(mask=None).to(device)
+    batch.credit[:] = 1.0
+    _, labels, *others = batch.values()
+    for column in (1500, 1503, 2047):
+        (_, logits), (memory, grad) = (rows_at(0, 2, 1500, torch.float32, device) for _ in range(2))
+        logits.copy_(batch.logits)
+        labels[1] = column
+        watch(logits, grad)
+        backends.kernel("policy_loss", device)(logits, grad, labels, *others, *capo.ops._fields(RULE))
+        assert watch() == 0
+        assert bool(grad[1].isnan().all()) and int(memory.isnan().sum()) == 32 + 1500
 
 
 @pytest.mark.parametrize("form", cuda.FORMS[1:])
@@ -350,6 +432,37 @@ def test_stats_of_rows_equal_the_reference(dtype, device):
     assert bool(stats[4, 0].isnan()), "NaN must not be taken for -inf by whoever adds up parts of a row"
     for row in (0, 3, 5):
         torch.testing.assert_close(stats[row, [0, 1, 2, 4]], truth[row, [0, 1, 2, 4]], rtol=1e-6, atol=0)
+
+
+def test_rows_of_more_tiles_than_a_warp_has_lanes(device):
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 50 * 1024 + 3, generator=g)
+    labels = torch.tensor([50 * 1024, 7])
+    found = cuda.row_stats(logits.to(device), labels.to(device), 1.0).cpu()
+    truth = reference.row_stats(logits, labels, 1.0)
+    torch.testing.assert_close(found[:, [0, 1, 2, 4]], truth[:, [0, 1, 2, 4]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", cuda.FORMS[1:])
+def test_offsets_beyond_32_bits(form, device, monkeypatch):
+    """Three rows more than 2^30 elements apart, in memory of which no more than they is ever touched."""
+    if GPU:
+        pytest.skip("tests/test_gpu.py has tensors of that size")
+    monkeypatch.setattr(cuda, "_form", form)
+    batch = random_batch(lengths=(3,), vocab=1500, dtype=torch.bfloat16).replace(mask=None)
+    batch.credit[:] = 1.0
+    expected = everything(batch, RULE)
+    stride = 2**30 + 8
+    logits, grad = (
+        torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + 1500)), dtype=torch.bfloat16).as_strided(
+            (3, 1500), (stride, 1)
+        )
+        for _ in range(2)
+    )
+    logits.copy_(batch.logits)
+    _, *others = batch.values()
+    found = backends.kernel("policy_loss", device)(logits, grad, *others, *capo.ops._fields(RULE))
+    assert torch.equal(found[0], expected[0]) and torch.equal(grad, expected[-1])
 
 
 # ---- errors, and where the kernels run

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated
 import pytest
 
 pytestmark = pytest.mark.mutants
@@ -783,6 +784,215 @@ TRITON_ROWS_OF_TOKENS = [
     Mutant("row of another token", SOME_ROWS, "index = tl.load(token_of_ptr + place)", "index = place"),
 ]
 
+# Of the CUDA kernels, which run in the emulator.
+CUDA = "test_cuda.py::"
+ODD, STATS = CUDA + "test_an_odd_address", CUDA + "test_stats_of_rows"
+BLOCKS, FORMS = CUDA + "test_the_number_of_blocks", CUDA + "test_all_forms"
+LARGE_GROUPS = CUDA + "test_groups_larger_than"
+CUDA_ROWS = [
+    Mutant(
+        "offsets of 32 bits",
+        CUDA + "test_offsets",
+        "base) + row * stride * Format<kType>::kSize;\n}\ntemplate <Dtype kType>\nCAPO_DEVICE char*",
+        "base) + static_cast<int>(row * stride) * Format<kType>::kSize;\n}\ntemplate <Dtype kType>\nCAPO_DEVICE char*",
+    ),
+    Mutant(
+        "offsets of 32 bits where the gradient is written",
+        CUDA + "test_offsets",
+        "static_cast<char*>(base) + row * stride *",
+        "static_cast<char*>(base) + static_cast<int>(row * stride) *",
+    ),
+    Mutant("one column beyond the row is read", ODD, "return i < count ?", "return i <= count ?"),
+    Mutant(
+        "a tile beyond the row is whole",
+        ODD,
+        "column(tile + 1, 0, 0) - shift <= vocab;",
+        "column(tile + 1, 0, 0) - shift <= vocab + 1;",
+    ),
+    Mutant("a tile before the row is whole", ODD, "return column(tile, 0, 0) >= shift && ", "return "),
+    Mutant("a shift by other words", ODD, "return to_columns<1>(", "return to_columns<2>("),
+    Mutant("no shift by half a word", ODD, "x[kFrom + i + 1], bits)", "x[kFrom + i + 1], 0 * bits)"),
+    Mutant("the last lane goes on in the same vector", ODD, "lane == 0 ? below : x[i]", "(void(below), x[i])"),
+    Mutant("nothing after the last vector", ODD, "lane < shift && end < vocab ? F::load_bits(row, end) : ", ""),
+    Mutant(
+        "the maximum of half a warp",
+        STATS,
+        "// drops NaN\n#pragma unroll\n    for (int mask = kLanes / 2",
+        "// drops NaN\n#pragma unroll\n    for (int mask = kLanes / 4",
+    ),
+    Mutant(
+        "the sum of half a warp",
+        STATS,
+        "for (int mask = kLanes / 2; mask > 0; mask /= 2) {\n      total",
+        "for (int mask = kLanes / 4; mask > 0; mask /= 2) {\n      total",
+    ),
+    Mutant("half of the neighbours", STATS, "int distance = kCount / 2", "int distance = kCount / 4"),
+    Mutant("a tile of -inf has no exponents", STATS, "top = x == -infinity() ? 0.f : x;", "top = x;"),
+    Mutant(
+        "32 tiles of a row",
+        CUDA + "test_rows_of_more_tiles",
+        "for (int64_t i = lane; i < count; i += kLanes) {",
+        "for (int64_t i = lane; i < count && i < kLanes; i += kLanes) {",
+    ),
+    Mutant(
+        "a label beyond the row",
+        CUDA + "test_a_label_beyond",
+        "place < F::kWidth && how.label < vocab",
+        "place < F::kWidth",
+    ),
+    Mutant(
+        "the label's entry by another lane",
+        FORMS,
+        "(place / F::kWidth % kLanes) == lane",
+        "(place / F::kWidth % kLanes) == (lane ^ 1)",
+    ),
+    Mutant(
+        "columns behind the last tile have no gradient",
+        ODD,
+        "F::kVectors + (tile + 1 == tiles_of(vocab)); ++k) {",
+        "F::kVectors; ++k) {",
+    ),
+    Mutant(
+        "columns behind the last tile are not zeroed",
+        ODD,
+        "F::kVectors + (tile + 1 == tiles_of(vocab)); ++k)\n",
+        "F::kVectors; ++k)\n",
+    ),
+    Mutant(
+        "columns before the row are written",
+        ODD,
+        "if (first + i >= 0 && first + i < vocab) F::store",
+        "if (first + i < vocab) F::store",
+    ),
+    Mutant(
+        "logits at other addresses than the gradient",
+        ODD,
+        "return Format<kType>::shift_of(logits) == shift && ",
+        "return (void(logits), true) && ",
+    ),
+]
+CUDA_STEPS = [
+    Mutant("dead rows are read", CUDA + "test_dead_rows", "return live.weights[row] != 0.0;", "return true;"),
+    Mutant(
+        "the first tile of a block has no gradient",
+        FORMS,
+        "last - 1 - warp; tile >= first;",
+        "last - 1 - warp; tile > first;",
+    ),
+    Mutant(
+        "a block goes beyond its tiles",
+        FORMS,
+        "int last = first + kTilesOfBlock < count ? first + kTilesOfBlock : count;\n  const char* const logits",
+        "int last = count;\n  const char* const logits",
+    ),
+    Mutant(
+        "another row's factors",
+        FORMS,
+        "  device::sync_block();\n  const GradFactors how = *shared;",
+        "  const GradFactors how = *shared;",
+    ),
+]
+CUDA_LOSS = [
+    Mutant(
+        "the last block of a cluster hears nothing",
+        BLOCKS,
+        "if (lane < a.cluster && lane != rank)",
+        "if (lane < a.cluster - 1 && lane != rank)",
+    ),
+    Mutant(
+        "a cluster does not meet",
+        BLOCKS,
+        "    device::arrive_at_cluster();\n    device::wait_for_cluster();\n  } else",
+        "  } else",
+    ),
+    Mutant(
+        "a cluster does not meet before it writes to others",
+        BLOCKS,
+        "    device::sync_warp();\n    device::wait_for_cluster();\n",
+        "    device::sync_warp();\n",
+    ),
+    Mutant(
+        "a block does not wait for its factors",
+        BLOCKS,
+        "  device::sync_block();\n  const GradFactors& factors",
+        "  const GradFactors& factors",
+    ),
+    Mutant(
+        "dead rows keep what was there",
+        ODD,
+        "    if (l.grad != nullptr)\n      write_zeros",
+        "    if (l.grad == nullptr)\n      write_zeros",
+    ),
+    Mutant(
+        "a tile of two blocks", BLOCKS, "last = end < tiles ? end : tiles;", "last = end + 1 < tiles ? end + 1 : tiles;"
+    ),
+    Mutant(
+        "another tile from the chip",
+        BLOCKS,
+        "z.get(kept + (tile - rank * a.tiles_of_block) * kBytes",
+        "z.get(kept + (tile + 0 * rank - first) / kRowWarps * kBytes",
+    ),
+    Mutant("lengths do not matter", CUDA + "test_unchecked_lengths", "fits &= a.cu_seqlens[0] == 0 && ", "fits &= "),
+    Mutant(
+        "a group of a response is a warp",
+        LOSS + "test_every_combination",
+        "for (int i = 0; i < kWarps; ++i) {\n    count +=",
+        "for (int i = 0; i < 1; ++i) {\n    count +=",
+    ),
+]
+CUDA_CREDIT = [
+    Mutant(
+        "earlier members only among the last ids",
+        LARGE_GROUPS,
+        "for (int64_t end = leader; end > 0;",
+        "for (int64_t end = leader; end > leader - kChunk;",
+    ),
+    Mutant(
+        "all responses lead",
+        CREDIT + "test_groups_are_ids",
+        "if (device::any_of_block(found)) return false;",
+        "if (device::any_of_block(found)) return true;",
+    ),
+    Mutant(
+        "members over members", CREDIT + "test_groups_are_ids", "      place += device::count_bits(found[k]);\n", ""
+    ),
+    Mutant("members of earlier warps are forgotten", LARGE_GROUPS, "if (i < warp) place += memory.counts[i];", ""),
+    Mutant(
+        "32 steps but the last",
+        CUDA + "test_steps_and_votes",
+        "k < kLanes && s + k < r.last_step;",
+        "k < kLanes - 1 && s + k < r.last_step;",
+    ),
+    Mutant(
+        "population std", CREDIT + "test_every_rule", "sqrt(m.squares / (m.count - 1.0))", "sqrt(m.squares / m.count)"
+    ),
+    Mutant(
+        "squares around nought",
+        CREDIT + "test_statistics_do_not_cancel",
+        "squares += often * (value - mean) * (value - mean)",
+        "squares += often * (value * value - mean * mean)",
+    ),
+    Mutant(
+        "constant only if exactly equal",
+        CREDIT + "test_constant_groups",
+        "if (constant_but_rounding(low, high)) return;",
+        "if (low == high) return;",
+    ),
+    Mutant("one of two blocks writes", LARGE_GROUPS, "each_member(part, kParts,", "each_member(0, kParts,"),
+    Mutant(
+        "a token less than a vector",
+        CREDIT + "test_every_rule",
+        "if (lane < last - whole) out[whole + lane] = value;",
+        "",
+    ),
+    Mutant(
+        "the sum of one warp",
+        LARGE_GROUPS,
+        "for (int i = 1; i < kWarps; ++i) x = combine",
+        "for (int i = 1; i < 1; ++i) x = combine",
+    ),
+]
+
 FILES = {
     "csrc/common/policy_loss.h": TOKEN_LOSS,
     "csrc/common/rows.h": ROW_FORMULAS,
@@ -808,6 +1018,10 @@ FILES = {
     "capo/kernels/stats.py": TRITON_STATS,
     "capo/kernels/policy_loss.py": TRITON_LOSS + TRITON_ROWS_OF_TOKENS,
     "capo/kernels/tokens.py": TRITON_TOKENS,
+    "csrc/cuda/rows.cuh": CUDA_ROWS,
+    "csrc/cuda/rows.cu": CUDA_STEPS,
+    "csrc/cuda/policy_loss.cu": CUDA_LOSS,
+    "csrc/cuda/credit.cu": CUDA_CREDIT,
 }
 
 MUTANTS = {f"{Path(file).name}: {mutant.name}": (file, mutant) for file, mutants in FILES.items() for mutant in mutants}
@@ -815,6 +1029,8 @@ MUTANTS = {f"{Path(file).name}: {mutant.name}": (file, mutant) for file, mutants
 
 def backend_of(file: str, mutant: Mutant) -> str:
     """The backend whose tests have to notice a mutant."""
+    if file.startswith("csrc/cuda/"):
+        return "emulated"
     return "triton" if "kernels" in file or mutant.tests.startswith(TRITON) else "native"
 
 
@@ -831,6 +1047,8 @@ INCLUDED_BY = {
     "common/credit.h": "cpu/credit.cpp",
     "cpu/simd/vec.h": "cpu/simd/rows.cpp",
 }
+# The same of the CUDA kernels.
+CUDA_SOURCES = {"cuda/rows.cuh": ["rows.cu", "policy_loss.cu"]}
 
 
 def fused() -> list[str]:
@@ -839,13 +1057,14 @@ def fused() -> list[str]:
     return ["-march=x86-64-v3"] if {"avx2", "fma", "bmi2"} <= set(flags) else []
 
 
+FAST = ("-O1",)  # flags of the emulated kernels
 WORKERS = min(2, os.cpu_count() or 1)
 SECONDS = 240  # for one run of the tests
 
 # Imports what takes long, then runs pytest in a fork of itself for every line of its input: the folder of the package,
 # the file for the output, the limit in seconds and the arguments. Exit status 70: not that package was in use.
 RUN = """
-import json, os, signal, sys
+import json, os, pathlib, signal, sys
 import pytest, torch
 
 def run(package, arguments):
@@ -857,6 +1076,11 @@ def run(package, arguments):
         return 70
     if not all(module.__file__.startswith(package) for module in (capo, capo._native)):
         return 70
+    sys.path.insert(0, "tests")
+    import emulated
+    kernels = [emulated.load(file) for file in pathlib.Path(package).glob(f"cuda_emulated{emulated.SUFFIX}")]
+    if kernels:
+        emulated.module = lambda: kernels[0]
     return int(pytest.main(arguments))
 
 for line in sys.stdin:
@@ -921,6 +1145,12 @@ class Factory:
         self.objects = dict(zip(self.sources, objects, strict=True))
         self.clean = self.package("clean")
         self.link(self.objects, self.clean)
+        files = emulated.sources(ROOT) if emulated.compiler() is not None else []
+        self.cuda_objects = dict(
+            zip([file.name for file in files], emulated.compile_all(ROOT, files, folder / "cuda", FAST), strict=True)
+        )
+        if files:
+            emulated.link(list(self.cuda_objects.values()), self.clean, FAST)
 
     def compile(self, csrc: Path, source: str, folder: Path) -> Path:
         """The object file of a source, for the plainest instruction set only."""
@@ -953,7 +1183,14 @@ class Factory:
         text = (package / file).read_text(encoding="utf-8")
         assert text.count(mutant.old) == 1, f"{file} has {mutant.old!r} {text.count(mutant.old)} times instead of once"
         (package / file).write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        if file.startswith("csrc/"):
+        if file.startswith("csrc/cuda/"):
+            source = file.removeprefix("csrc/")
+            names = CUDA_SOURCES.get(source, [Path(source).name])
+            files = [package / "csrc/cuda" / name for name in names]
+            objects = emulated.compile_all(package, files, package, FAST)
+            emulated.link(list((self.cuda_objects | dict(zip(names, objects, strict=True))).values()), package, FAST)
+            shutil.copy(self.clean / "capo" / self.module, package / "capo")
+        elif file.startswith("csrc/"):
             source = file.removeprefix("csrc/")
             source = INCLUDED_BY.get(source, source)
             self.link({**self.objects, source: self.compile(package / "csrc", source, package)}, package)
@@ -963,11 +1200,17 @@ class Factory:
 
     def run(self, package: Path, file: str, names: str, backend: str) -> tuple[int, str]:
         """Exit status and output of the tests in a file whose names fit, with this backend on the CPU."""
+        if backend == "emulated" and emulated.compiler() is None:
+            pytest.skip("no g++ for the emulator")
         if backend == "triton" and importlib.util.find_spec("triton") is None:
             pytest.skip("no triton")
-        # What has no device in its name runs, too; test_triton*.py knows one backend only.
-        others = {"native": "not cpu-torch and not cpu-triton and not emulated and not cuda", "triton": "cpu-triton"}
-        if not file.startswith("test_triton"):
+        # What has no device in its name runs, too; test_triton*.py and test_cuda.py know one backend only.
+        others = {
+            "native": "not cpu-torch and not cpu-triton and not emulated and not cuda",
+            "triton": "cpu-triton",
+            "emulated": "cpu-emulated",
+        }
+        if not file.startswith(("test_triton", "test_cuda")):
             names = f"({names}) and {others[backend]}" if names else others[backend]
         arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore", "-k", names, f"tests/{file}"]
         output = package / "output.txt"

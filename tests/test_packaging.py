@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_report
 import pytest
 
 from capo import backends
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE = backends.why_not("native", "cpu") is None
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CLEAN = {name: value for name, value in os.environ.items() if not re.match("CAPO_|PYTEST_|PYTHON", name)}
-CLEAN["CAPO_CUDA"] = "off"  # test_cuda_build.py builds with nvcc
+CLEAN["CAPO_CUDA"] = "off"  # takes minutes; one test builds with it
 
 TINY_STEP = """
 import torch, capo
@@ -167,6 +168,19 @@ def test_the_module_needs_no_torch_and_exports_its_init_function_only(built):
 
 
 # ---- installation
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_report.nvcc() is None, reason="no nvcc")
+def test_a_wheel_built_with_cuda_has_its_kernels_and_names_their_architectures(built, environment, tmp_path):
+    command = "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", tmp_path, built.source
+    pip(*command, cwd=tmp_path, CAPO_CUDA="on", CUDAARCHS="90a-real;100-virtual")
+    python = environment(tmp_path / "with_cuda")
+    install(python, next(tmp_path.glob("*.whl")))
+    code = "from capo._native import cuda; print(cuda.architectures, callable(cuda.policy_loss), callable(cuda.credit))"
+    assert run(python, "-c", code, cwd=tmp_path).stdout.split() == ["90a-real,100-virtual", "True", "True"]
+    doctor = run(python.parent / "capo", "doctor", cwd=tmp_path, COLUMNS="200").stdout
+    assert "built for 90a-real, 100-virtual" in " ".join(doctor.split())
 
 
 @pytest.mark.slow

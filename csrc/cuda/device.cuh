@@ -96,6 +96,19 @@ CAPO_DEVICE void store(void* p, const Vector& x) {
   *static_cast<uint4*>(p) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
 }
 
+// One element of a row of logits or gradients.
+template <typename T>
+CAPO_DEVICE T load_element(const T* p) {
+  return *p;
+}
+template <typename T>
+CAPO_DEVICE void store_element(T* p, T x) {
+  *p = x;
+}
+
+// The lower word of two, shifted by 0 to 31 bits.
+CAPO_DEVICE uint32_t shift_right(uint32_t low, uint32_t high, int bits) { return __funnelshift_r(low, high, bits); }
+
 // 2^x; results below the smallest normal number are 0.
 CAPO_DEVICE float power_of_two(float x) {
   float result;

@@ -12,8 +12,10 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
-// Where a row is read twice, one row at a time on a multiprocessor: so more of them stay in the cache.
-constexpr int kWarpsOfRow = 32;
+constexpr int kMostWarps = 32;
+// Where a row is read twice, one row at a time on a multiprocessor: so more of them stay in the cache. Logits of 32
+// bits take twice the registers.
+CAPO_HD constexpr int warps_of_row(Dtype dtype) { return dtype == Dtype::kFloat32 ? kMostWarps / 2 : kMostWarps; }
 constexpr int kMostBlocks = 8;  // of a cluster, on any device that has clusters
 
 // Lies in the workspace. Every call sets the first two to zero, and where some tokens have no row, the next three.
@@ -74,7 +76,7 @@ struct LossRows {
   Workspace w;
   double rate;
   int cluster;
-  int64_t tiles_of_block;
+  int tiles_of_block;
 };
 
 CAPO_DEVICE int64_t token_of(const PolicyLoss& l, int64_t row) { return l.token_of == nullptr ? row : l.token_of[row]; }
@@ -82,11 +84,11 @@ CAPO_DEVICE int64_t token_of(const PolicyLoss& l, int64_t row) { return l.token_
 template <Dtype kType, bool kOnChip, int kRowWarps>
 CAPO_DEVICE void loss_of_row(const LossRows& a) {
   const PolicyLoss& l = a.loss;
-  const int64_t row = device::block() / a.cluster, vocab = l.head.vocab, tiles = tiles_of(vocab);
+  const int64_t row = device::block() / a.cluster, vocab = l.head.vocab;
   const int rank = static_cast<int>(device::block() % a.cluster);
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
-  const int64_t first = rank * a.tiles_of_block + warp;
-  const int64_t end = (rank + 1) * a.tiles_of_block, last = end < tiles ? end : tiles;
+  const int tiles = tiles_of(vocab), first = rank * a.tiles_of_block + warp;
+  const int end = (rank + 1) * a.tiles_of_block, last = end < tiles ? end : tiles;
   const int64_t token = token_of(l, row);  // below it is looked up again, as registers are short
   const bool inside = token >= 0 && token < l.tokens;
   if (!inside || a.w.weights[token] == 0.0) {
@@ -107,10 +109,11 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
     how->label_grad = known ? Format<kType>::load(logits, label) : not_a_number();
   }
   Exponent<kType> exponent(a.rate);
-  for (int64_t tile = first; tile < last; tile += kRowWarps) {
+  for (int tile = first; tile < last; tile += kRowWarps) {
     Tile<kType> z;
-    z.template read<!kOnChip>(logits, tile, vocab, lane);
+    const uint32_t rest = z.template read_for_columns<!kOnChip>(logits, vocab, tile, lane);
     if constexpr (kOnChip) z.put(kept + (tile - rank * a.tiles_of_block) * kBytes, lane);
+    z.to_columns(rest, logits, vocab, tile, lane);
     const TileStats found = z.stats(exponent);
     if (lane == 0) stats[tile] = found;
   }
@@ -118,7 +121,7 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
     device::sync_warp();
     device::wait_for_cluster();
     if (lane < a.cluster && lane != rank)
-      for (int64_t tile = first; tile < last; tile += kRowWarps) device::in_block(stats, lane)[tile] = stats[tile];
+      for (int tile = first; tile < last; tile += kRowWarps) device::in_block(stats, lane)[tile] = stats[tile];
     device::sync_warp();
     device::arrive_at_cluster();
     device::wait_for_cluster();
@@ -132,7 +135,6 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
       result.at_label = how->label_grad;
       finish_row(result, a.rate);
       const int64_t token = token_of(l, row);
-      double weight = a.w.weights[token];
       const float ratio = own_log_ratio(l.values, token, result.logp);
       const TokenTerms terms = token_terms(token_input(l.values, token, result.logp, result.entropy, ratio), l.rule);
       if (rank == 0) {
@@ -142,6 +144,7 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
         a.w.kl[token] = terms.kl;
         a.w.clipped[token] = terms.clipped;
       }
+      double weight = a.w.weights[token];
       if (l.rule.reduce == Reduce::kTokenMean) weight *= 1.0 / static_cast<double>(*a.w.active);
       const double slope = (static_cast<double>(terms.through_ratio) + terms.through_logp) * weight;
       const double entropy_slope = -static_cast<double>(l.rule.entropy_coef) * weight;
@@ -151,18 +154,21 @@ CAPO_DEVICE void loss_of_row(const LossRows& a) {
   if (l.grad == nullptr) return;
   char* const grad = row_at<kType>(l.grad, row, l.grad_stride);
   device::sync_block();
-  const GradFactors factors = *how;
+  const GradFactors& factors = *how;
   if (factors.zero) return write_zeros<kType>(grad, first, last, kRowWarps, vocab, lane);
   exponent.set_top(factors.top);
   // From the last to the first: what was read last is nearest.
-  for (int64_t tile = first + (last - 1 - first) / kRowWarps * kRowWarps; tile >= first && tile < last;
-       tile -= kRowWarps) {
-    Tile<kType> z;
-    if constexpr (kOnChip)
-      z.get(kept + (tile - rank * a.tiles_of_block) * kBytes, lane);
-    else
-      z.template read<false>(logits, tile, vocab, lane);
-    write_gradient(z, grad, tile, vocab, exponent, factors, lane);
+  for (int tile = first + (last - 1 - first) / kRowWarps * kRowWarps; tile >= first && tile < last; tile -= kRowWarps) {
+    if (is_whole<kType>(logits, grad, vocab, tile)) {
+      Tile<kType> z;
+      if constexpr (kOnChip)
+        z.get(kept + (tile - rank * a.tiles_of_block) * kBytes, lane);
+      else
+        z.template read<false>(logits, tile, Format<kType>::shift_of(grad), lane);
+      write_gradient(z, grad, tile, exponent, factors, how->label, how->label_grad, lane);
+    } else {
+      write_gradient_in_part<kType>(logits, grad, vocab, tile, a.rate, how);
+    }
   }
 }
 
@@ -173,15 +179,15 @@ loss_of_rows_on_chip(const LossRows a) {
 }
 
 template <Dtype kType>
-CAPO_KERNEL(kWarpsOfRow* kLanes, 1)
+CAPO_KERNEL(warps_of_row(kType) * kLanes, 1)
 loss_of_rows_in_two_passes(const LossRows a) {
-  loss_of_row<kType, false, kWarpsOfRow>(a);
+  loss_of_row<kType, false, warps_of_row(kType)>(a);
 }
 
 // Sums over the tokens, by one block.
-CAPO_KERNEL(kWarpsOfRow* kLanes, 1)
+CAPO_KERNEL(kMostWarps* kLanes, 1)
 metrics(const PolicyLoss a, const Workspace w) {
-  constexpr int kAll = kWarpsOfRow * kLanes;
+  constexpr int kAll = kMostWarps * kLanes;
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   double sums[3] = {};
   for (int64_t token = device::thread(); token < a.tokens; token += kAll) {
@@ -203,35 +209,36 @@ metrics(const PolicyLoss a, const Workspace w) {
   for (int k = 0; k < 3; ++k) {
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) sums[k] += device::shuffle_xor(sums[k], mask);
-    if (lane == 0) memory[k * kWarpsOfRow + warp] = sums[k];
+    if (lane == 0) memory[k * kMostWarps + warp] = sums[k];
   }
   device::sync_block();
   if (device::thread() != 0) return;
   double totals[3] = {};
   for (int k = 0; k < 3; ++k)
-    for (int i = 0; i < kWarpsOfRow; ++i) totals[k] += memory[k * kWarpsOfRow + i];
+    for (int i = 0; i < kMostWarps; ++i) totals[k] += memory[k * kMostWarps + i];
   const double active = *w.active > 0 ? static_cast<double>(*w.active) : 1.0;
   *a.loss = static_cast<float>(a.rule.reduce == Reduce::kTokenMean ? totals[0] * (1.0 / active) : totals[0]);
   *a.kl = static_cast<float>(totals[1] / active);
   *a.clip_fraction = static_cast<float>(totals[2] / active);
 }
 
-int64_t memory_of_row(int64_t tiles) {
+int64_t memory_of_row(int tiles) {
   return static_cast<int64_t>(sizeof(GradFactors)) + (tiles * static_cast<int64_t>(sizeof(TileStats)) + 15) / 16 * 16;
 }
 
 // Blocks in the cluster of a row that lies in their memory, and bytes of each; 0 blocks if it does not fit.
 struct Cluster {
   int blocks;
-  int64_t tiles_of_block;
+  int tiles_of_block;
   int memory;
 };
 
 Cluster cluster_of(const Head& head, int64_t most) {
-  const int64_t tiles = tiles_of(head.vocab), wanted = device::target_memory();
+  const int tiles = tiles_of(head.vocab);
+  const int64_t wanted = device::target_memory();
   for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
-    const int64_t each = (tiles + blocks - 1) / blocks;
-    const int64_t memory = memory_of_row(tiles) + each * kTile * size_of(head.dtype);
+    const int each = (tiles + blocks - 1) / blocks;
+    const int64_t memory = memory_of_row(tiles) + int64_t{kTile} * each * size_of(head.dtype);
     if (memory <= (blocks < kMostBlocks ? std::min(wanted, most) : most))
       return {blocks, each, static_cast<int>(memory)};
   }
@@ -241,7 +248,7 @@ Cluster cluster_of(const Head& head, int64_t most) {
 int loss_of_rows(const PolicyLoss& args, Form form, const Workspace& w, cudaStream_t stream) {
   const Head& head = args.head;
   const double rate = rate_of(args.rule.temperature, head.dtype);
-  const int64_t tiles = tiles_of(head.vocab);
+  const int tiles = tiles_of(head.vocab);
   const auto run = [&](auto on_chip, auto two_passes) -> int {
     if (form == Form::kOnChip) {
       const Cluster cluster = cluster_of(head, device::most_memory());
@@ -250,8 +257,9 @@ int loss_of_rows(const PolicyLoss& args, Form form, const Workspace& w, cudaStre
                             rows);
     }
     const LossRows rows = {args, w, rate, 1, tiles};
-    return device::launch(two_passes,
-                          {head.rows, kWarpsOfRow * kLanes, static_cast<int>(memory_of_row(tiles)), 1, stream}, rows);
+    return device::launch(
+        two_passes, {head.rows, warps_of_row(head.dtype) * kLanes, static_cast<int>(memory_of_row(tiles)), 1, stream},
+        rows);
   };
   switch (head.dtype) {
     case Dtype::kFloat32:
@@ -307,7 +315,7 @@ int policy_loss(const PolicyLoss& args, Form form, void* workspace, Stream strea
   if (error != 0) return error;
   error = form == Form::kInSteps ? loss_in_steps(args, w, stream) : loss_of_rows(args, form, w, on);
   if (error != 0) return error;
-  return device::launch(metrics, {1, kWarpsOfRow * kLanes, 3 * kWarpsOfRow * static_cast<int>(sizeof(double)), 1, on},
+  return device::launch(metrics, {1, kMostWarps * kLanes, 3 * kMostWarps * static_cast<int>(sizeof(double)), 1, on},
                         args, w);
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int64_t kTilesOfBlock = 4 * kWarps;  // enough that the start of a block weighs little
+constexpr int kTilesOfBlock = 4 * kWarps;  // enough that the start of a block weighs little
 
 int64_t splits_of(int64_t vocab) { return (tiles_of(vocab) + kTilesOfBlock - 1) / kTilesOfBlock; }
 
@@ -21,18 +21,20 @@ CAPO_DEVICE float temperature_of(const Head& head, int64_t row) {
 
 // Statistics of some tiles of one row.
 template <Dtype kType>
-CAPO_KERNEL(kThreads, 4)
+CAPO_KERNEL(kThreads, kType == Dtype::kFloat32 ? 3 : 4)
 tiles_of_rows(const Head head, const Live live, TileStats* tiles, int64_t splits) {
-  const int64_t row = device::block() / splits, split = device::block() % splits;
+  const int64_t row = device::block() / splits;
+  const int split = static_cast<int>(device::block() % splits);
   if (!is_live(live, row)) return;
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
-  const int64_t count = tiles_of(head.vocab);
-  const int64_t first = split * kTilesOfBlock, last = first + kTilesOfBlock < count ? first + kTilesOfBlock : count;
+  const int count = tiles_of(head.vocab);
+  const int first = split * kTilesOfBlock, last = first + kTilesOfBlock < count ? first + kTilesOfBlock : count;
   const char* const logits = row_at<kType>(head.logits, row, head.stride);
   const Exponent<kType> exponent(rate_of(temperature_of(head, row), kType));
-  for (int64_t tile = first + warp; tile < last; tile += kWarps) {
+  for (int tile = first + warp; tile < last; tile += kWarps) {
     Tile<kType> z;
-    z.template read<false>(logits, tile, head.vocab, lane);
+    const uint32_t rest = z.template read_for_columns<false>(logits, head.vocab, tile, lane);
+    z.to_columns(rest, logits, head.vocab, tile, lane);
     const TileStats stats = z.stats(exponent);
     if (lane == 0) tiles[row * count + tile] = stats;
   }
@@ -87,11 +89,12 @@ template <Dtype kType>
 CAPO_KERNEL(kThreads, kType == Dtype::kFloat32 ? 3 : 4)
 gradient_of_rows(const RowGrads a, int64_t splits) {
   const Head& head = a.head;
-  const int64_t target = device::block() / splits, split = device::block() % splits;
+  const int64_t target = device::block() / splits;
+  const int split = static_cast<int>(device::block() % splits);
   const int64_t row = a.rows == nullptr ? target : a.rows[target];
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
-  const int64_t count = tiles_of(head.vocab);
-  const int64_t first = split * kTilesOfBlock, last = first + kTilesOfBlock < count ? first + kTilesOfBlock : count;
+  const int count = tiles_of(head.vocab);
+  const int first = split * kTilesOfBlock, last = first + kTilesOfBlock < count ? first + kTilesOfBlock : count;
   char* const grad = row_at<kType>(a.grad, target, a.grad_stride);
   GradFactors* const shared = reinterpret_cast<GradFactors*>(device::block_memory());
   if (device::thread() == 0) {
@@ -112,12 +115,17 @@ gradient_of_rows(const RowGrads a, int64_t splits) {
   const GradFactors how = *shared;
   if (how.zero) return write_zeros<kType>(grad, first + warp, last, kWarps, head.vocab, lane);
   const char* const logits = row_at<kType>(head.logits, row, head.stride);
-  Exponent<kType> exponent(rate_of(temperature_of(head, row), kType));
+  const double rate = rate_of(temperature_of(head, row), kType);
+  Exponent<kType> exponent(rate);
   exponent.set_top(how.top);
-  for (int64_t tile = last - 1 - warp; tile >= first; tile -= kWarps) {
-    Tile<kType> z;
-    z.template read<false>(logits, tile, head.vocab, lane);
-    write_gradient(z, grad, tile, head.vocab, exponent, how, lane);
+  for (int tile = last - 1 - warp; tile >= first; tile -= kWarps) {
+    if (is_whole<kType>(logits, grad, head.vocab, tile)) {
+      Tile<kType> z;
+      z.template read<false>(logits, tile, Format<kType>::shift_of(grad), lane);
+      write_gradient(z, grad, tile, exponent, how, shared->label, shared->label_grad, lane);
+    } else {
+      write_gradient_in_part<kType>(logits, grad, head.vocab, tile, rate_of(temperature_of(head, row), kType), shared);
+    }
   }
 }
 
