@@ -14,6 +14,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
+try:
+    from cmake import CMAKE_BIN_DIR
+except ImportError:
+    CMAKE_BIN_DIR = ""
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -71,14 +75,18 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         cuda = wants_cuda()
         configure += [f"-DCAPO_CUDA={'ON' if cuda else 'OFF'}", *([f"-DCMAKE_CUDA_COMPILER={cuda}"] if cuda else [])]
-        # Without build isolation and outside of an activated environment, its cmake and ninja are not on PATH.
-        env = os.environ | {"PATH": os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])}
+        # Python's cmake is new enough; the system's may not be. Without build isolation and outside of an activated
+        # environment, its ninja is not on PATH.
+        path = filter(None, [CMAKE_BIN_DIR, os.environ.get("PATH"), sysconfig.get_path("scripts")])
+        env = os.environ | {"PATH": os.pathsep.join(path)}
         cmake = shutil.which("cmake", path=env["PATH"])
         if cmake is None:
             raise SystemExit("capo: no cmake: pip install cmake ninja pybind11, or build with build isolation")
         ninja = shutil.which("ninja", path=env["PATH"])
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-        subprocess.check_call([cmake, *configure], env=env)
+        if subprocess.call([cmake, *configure], env=env):
+            # Where the compiler is another one than last time, CMake forgets the options, too.
+            subprocess.check_call([cmake, *configure, "--fresh"], env=env)
         subprocess.check_call([cmake, "--build", str(build)], env=env)
 
 
