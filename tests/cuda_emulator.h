@@ -78,6 +78,8 @@ class Machine {
     cluster = {};
     cluster.size = count;
     arrived_in.assign(count, 0);
+    has_met.assign(count, false);
+    nowhere.assign(memory_each + 16, static_cast<char>(0xff));
     ready.clear();
     for (int i = 0; i < count; ++i) ready.push_back(i);
     remaining = count;
@@ -91,10 +93,7 @@ class Machine {
   int block_of_cluster() const { return self / threads; }
   Barrier& warp() { return warps[self / kLanes]; }
   Barrier& block() { return whole[self / threads]; }
-  char* block_memory(int rank) {
-    char* const start = memory[rank].data();
-    return start + (16 - reinterpret_cast<uintptr_t>(start) % 16) % 16;
-  }
+  char* block_memory(int rank) { return start_of(memory[rank]); }
 
   // Gives the phase that ends when all have come.
   uint64_t arrive(Barrier& barrier) {
@@ -115,7 +114,12 @@ class Machine {
   }
   void meet(Barrier& barrier) { wait(barrier, arrive(barrier)); }
   void arrive_at_cluster() { arrived_in[self] = arrive(cluster); }
-  void wait_for_cluster() { wait(cluster, arrived_in[self]); }
+  void wait_for_cluster() {
+    wait(cluster, arrived_in[self]);
+    has_met[self] = true;
+  }
+  // That of another block; before a thread has met those of the others, there may be none yet.
+  char* memory_of(int rank) { return has_met[self] ? block_memory(rank) : start_of(nowhere); }
 
  private:
   struct Fiber {
@@ -125,8 +129,14 @@ class Machine {
     bool started = false;
   };
 
+  static char* start_of(std::vector<char>& bytes) {
+    return bytes.data() + (16 - reinterpret_cast<uintptr_t>(bytes.data()) % 16) % 16;
+  }
+
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::vector<char>> memory;
+  std::vector<char> nowhere;
+  std::vector<bool> has_met;
   std::vector<Barrier> warps, whole;
   Barrier cluster;
   std::vector<uint64_t> arrived_in;
@@ -219,7 +229,7 @@ inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline char* block_memory() { return machine().block_memory(machine().block_of_cluster()); }
 template <typename T>
 T* in_block(T* shared, int rank) {
-  return reinterpret_cast<T*>(machine().block_memory(rank) + (reinterpret_cast<char*>(shared) - block_memory()));
+  return reinterpret_cast<T*>(machine().memory_of(rank) + (reinterpret_cast<char*>(shared) - block_memory()));
 }
 
 // Rows of logits and of gradients: while there are any, what is read or written by vectors or elements must lie in one

@@ -440,6 +440,15 @@ def test_means_that_differ_by_rounding_only_are_equal(device):
     assert not moved(credit, device).advantages().any()
 
 
+@pytest.mark.parametrize("normalize", ["responses", "responses_mean", "leave_one_out"])
+def test_rewards_that_differ_by_rounding_only_are_equal(normalize, device):
+    # 0.1 * 3 - 0.1 and 0.1 * 2
+    rule = CreditRule(normalize=normalize, outcome_weight=0.1, process_weight=0.1)
+    credit = make([3.0, 2.0], [[2], [2]], [1, 0], rule=rule)
+    assert 0.1 * 3.0 - 0.1 != 0.1 * 2.0
+    assert not moved(credit, device).advantages().any()
+
+
 @pytest.mark.skipif(backends.why_not("native", "cpu") is not None, reason="no native module")
 def test_large_advantages_take_memory_again_that_nobody_has():
     size = 1 << 20

@@ -4,6 +4,7 @@ Everything else is in the tests of the ops. On a machine without a GPU the kerne
 them; what the compiler makes of them is asked of the module, where it was built with CUDA.
 """
 
+import dataclasses
 import importlib
 import math
 import mmap
@@ -177,8 +178,9 @@ def watch(*tensors):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_odd_address_changes_no_bit_and_no_byte_beside_a_row_is_touched(dtype, form, vocab, device, monkeypatch):
     monkeypatch.setattr(cuda, "_form", form)
-    batch = random_batch(lengths=(3, 3), vocab=vocab, dtype=dtype).replace(mask=None)
-    batch.credit[:] = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, -1.0])  # the third row is dead
+    dead = torch.tensor([False, False, True, False, False, False])
+    batch = random_batch(lengths=(3, 3), vocab=vocab, dtype=dtype).replace(mask=~dead)
+    batch.credit[:] = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, -1.0])
     batch.labels[0], batch.labels[1], batch.labels[-1] = 0, vocab - 1, vocab - 1
     batch = batch.to(device)
     _, *others = batch.values()
@@ -224,17 +226,17 @@ def test_but_for_its_ends_a_row_at_an_odd_address_is_read_and_written_by_vectors
 @pytest.mark.parametrize("form", cuda.FORMS[1:])
 def test_a_label_beyond_the_vocabulary_writes_nothing(form, device, monkeypatch):
     monkeypatch.setattr(cuda, "_form", form)
-    batch = random_batch(lengths=(2,), vocab=1500).replace(mask=None).to(device)
+    batch = random_batch(lengths=(2,), vocab=1501).replace(mask=None).to(device)
     batch.credit[:] = 1.0
     _, labels, *others = batch.values()
-    for column in (1500, 1503, 2047):
-        (_, logits), (memory, grad) = (rows_at(0, 2, 1500, torch.float32, device) for _ in range(2))
+    for column in (1501, 1503, 2047):
+        (_, logits), (memory, grad) = (rows_at(0, 2, 1501, torch.float32, device) for _ in range(2))
         logits.copy_(batch.logits)
         labels[1] = column
         watch(logits, grad)
         backends.kernel("policy_loss", device)(logits, grad, labels, *others, *capo.ops._fields(RULE))
         assert watch() == 0
-        assert bool(grad[1].isnan().all()) and int(memory.isnan().sum()) == 32 + 1500
+        assert bool(grad[1].isnan().all()) and int(memory.isnan().sum()) == 32 + 1501
 
 
 @pytest.mark.parametrize("form", cuda.FORMS[1:])
@@ -247,6 +249,15 @@ def test_dead_rows_are_not_read(form, device, monkeypatch):
     logits = batch.logits.clone()
     logits[dead] = math.nan
     assert same([expected, everything(batch.replace(logits=logits), LossRule())])
+
+
+@pytest.mark.parametrize("reduce", ["sequence_mean", "token_mean"])
+def test_responses_of_more_tokens_than_a_block_has_threads(reduce, device):
+    batch, rule = random_batch(lengths=(600, 2, 300), vocab=3).to(device), LossRule(reduce=reduce)
+    found = everything(batch, rule)
+    with capo.use_backend("torch"):
+        expected = everything(batch, rule)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_threads_that_are_drawn_by_lot_give_the_same_bits(device):
@@ -388,6 +399,15 @@ def test_groups_larger_than_what_a_block_lists(preset, device):
     check_credit(credit, device)
 
 
+def test_members_of_a_group_may_be_far_apart(device):
+    credit = random_credit(5, num_responses=2300, num_groups=2300)
+    groups = torch.arange(2300)
+    groups[2200] = groups[1] = groups[0]  # between them are more ids than a block looks at in one go
+    credit = dataclasses.replace(credit, groups=groups, outcomes=torch.arange(2300) % 2.0)
+    assert int((reference_advantages(credit) != 0).sum()) > 0
+    check_credit(credit, device)
+
+
 def test_steps_and_votes_beyond_a_warp(device):
     steps = 150
     credit = capo.Credit(
@@ -398,12 +418,15 @@ def test_steps_and_votes_beyond_a_warp(device):
     check_credit(credit, device)
 
 
-def check_credit(credit, device):
+def reference_advantages(credit):
     steps = credit.steps
     layout = credit.votes, steps.starts, steps.ends, steps.cu_steps, credit.cu_seqlens, credit.groups
-    truth = reference.token_advantages(credit.outcomes, *layout, credit.rule)
-    moved = credit_to(credit, device)
-    torch.testing.assert_close(moved.advantages().cpu().double(), truth, rtol=1e-6, atol=1e-9)
+    return reference.token_advantages(credit.outcomes, *layout, credit.rule)
+
+
+def check_credit(credit, device):
+    found = credit_to(credit, device).advantages().cpu().double()
+    torch.testing.assert_close(found, reference_advantages(credit), rtol=1e-6, atol=1e-9)
 
 
 def test_credit_is_one_launch(device):

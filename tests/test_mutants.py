@@ -880,12 +880,6 @@ CUDA_STEPS = [
         "last - 1 - warp; tile > first;",
     ),
     Mutant(
-        "a block goes beyond its tiles",
-        FORMS,
-        "int last = first + kTilesOfBlock < count ? first + kTilesOfBlock : count;\n  const char* const logits",
-        "int last = count;\n  const char* const logits",
-    ),
-    Mutant(
         "another row's factors",
         FORMS,
         "  device::sync_block();\n  const GradFactors how = *shared;",
@@ -935,27 +929,25 @@ CUDA_LOSS = [
     Mutant("lengths do not matter", CUDA + "test_unchecked_lengths", "fits &= a.cu_seqlens[0] == 0 && ", "fits &= "),
     Mutant(
         "a group of a response is a warp",
-        LOSS + "test_every_combination",
-        "for (int i = 0; i < kWarps; ++i) {\n    count +=",
-        "for (int i = 0; i < 1; ++i) {\n    count +=",
+        CUDA + "test_responses_of_more_tokens",
+        "for (int i = 0; i < kWarps; ++i) {\n      seen.count +=",
+        "for (int i = 0; i < 1; ++i) {\n      seen.count +=",
     ),
 ]
 CUDA_CREDIT = [
     Mutant(
         "earlier members only among the last ids",
-        LARGE_GROUPS,
+        CUDA + "test_members_of_a_group",
         "for (int64_t end = leader; end > 0;",
         "for (int64_t end = leader; end > leader - kChunk;",
     ),
     Mutant(
         "all responses lead",
-        CREDIT + "test_groups_are_ids",
+        CREDIT + "test_every_rule",
         "if (device::any_of_block(found)) return false;",
         "if (device::any_of_block(found)) return true;",
     ),
-    Mutant(
-        "members over members", CREDIT + "test_groups_are_ids", "      place += device::count_bits(found[k]);\n", ""
-    ),
+    Mutant("members over members", LARGE_GROUPS, "      place += device::count_bits(found[k]);\n", ""),
     Mutant("members of earlier warps are forgotten", LARGE_GROUPS, "if (i < warp) place += memory.counts[i];", ""),
     Mutant(
         "32 steps but the last",
@@ -974,11 +966,16 @@ CUDA_CREDIT = [
     ),
     Mutant(
         "constant only if exactly equal",
-        CREDIT + "test_constant_groups",
+        CREDIT + "test_rewards_that_differ_by",
         "if (constant_but_rounding(low, high)) return;",
         "if (low == high) return;",
     ),
-    Mutant("one of two blocks writes", LARGE_GROUPS, "each_member(part, kParts,", "each_member(0, kParts,"),
+    Mutant(
+        "one of two blocks writes",
+        LARGE_GROUPS,
+        "each_member(part, kParts, [&](int64_t i) { write",
+        "each_member(0, kParts, [&](int64_t i) { write",
+    ),
     Mutant(
         "a token less than a vector",
         CREDIT + "test_every_rule",
