@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -455,7 +456,15 @@ def test_from_any_thread_and_from_a_running_event_loop():
                 assert [votes[1].critique.flagged for votes in replies] == [truth(request) for request in batch]
 
 
-def test_an_interrupted_call_leaves_nothing_behind():
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, also where the shell that started the tests in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_leaves_nothing_behind(interruptible):
     with always("stall") as server:
         judge = open_judge(server, limits=Limits())
         judge_threads = lambda: [t for t in threading.enumerate() if t.name == "capo judge"]
@@ -463,7 +472,7 @@ def test_an_interrupted_call_leaves_nothing_behind():
         def interrupt():
             while not server.in_flight:
                 time.sleep(0.01)
-            os.kill(os.getpid(), 2)
+            os.kill(os.getpid(), signal.SIGINT)
 
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
