@@ -23,6 +23,7 @@ OURS = "native", "triton"
 LINES = {
     "capo": CAPO,
     "capo, in place": "#06a77d",
+    "capo, live rows": "#4cc9f0",
     "capo CUDA": CAPO,
     "capo Triton": "#5fa8d3",
     "eager": "#6c757d",
