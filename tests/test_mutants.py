@@ -261,8 +261,8 @@ FORMULAS = [
     Mutant("flawed are the clear ones", RULES, "? c - p : c)", "? c : c - p)"),
     Mutant("outcome 0 earns what 1 does", RULES, "outcome > 0.0 ? c : p", "outcome >= 0.0 ? c : p"),
     Mutant(
-        "rounding of means is a difference",
-        CREDIT + "test_means_that_differ",
+        "rounding is a difference",
+        CREDIT + "test_rewards_that_differ_by",
         " || high - low <= 1e-12 * (a > b ? a : b)",
         "",
     ),
