@@ -40,7 +40,7 @@ try:
 except ImportError as error:
     raise ImportError("writing parquet needs pyarrow: pip install 'capo[score]'") from error
 
-CHUNK_TOKENS = 1 << 19  # tokens scored at a time, and about those of a row group; at least one whole group
+CHUNK_TOKENS = 1 << 20  # tokens scored at a time, and about those of a row group; at least one whole group
 _CHUNKS_AHEAD = 2  # one that is encoded on all cores, and one whose ids are handed over on one
 _THREADS = _CHUNKS_AHEAD + 1  # for these, and to write
 _SHOWN_REJECTS = 10
