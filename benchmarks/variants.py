@@ -532,9 +532,6 @@ CREDIT_VARIANTS = (
     Variant("fill_", "torch", FLOOR, _fill, note="N floats, into memory that is there"),
     Variant("empty, fill_", "torch", FRESH_FLOOR, _fill_fresh, note="N floats, into fresh memory"),
     Variant("capo", "native", "advantages", _credit_native),
-    Variant(
-        "capo, live rows", "native", FULL, _capo_live, note="logits and gradient of the rows with an advantage alone"
-    ),
     Variant("capo, torch backend", "torch", "advantages", _credit_torch, note="the specification, not made for speed"),
     Variant(
         "eager, dense",
