@@ -230,10 +230,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
 ) -> None:
     """Time the ops of capo on a GPU next to floors and peers."""
-    names = op or list(OPS)
-    for name in names:
-        if name not in OPS:
-            raise typer.BadParameter(f"no op {name!r}; there are {', '.join(OPS)}")
+    names = run.chosen(op, OPS)
     if not dry_run and not torch.cuda.is_available():
         console.print(
             "gpu.py needs a GPU, or --dry-run; gpu_report.py and cuda_report.py say what is predicted for one"

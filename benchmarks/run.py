@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -327,6 +327,14 @@ def show(table: list[dict]) -> None:
     console.print(view)
 
 
+def chosen(names: list[str] | None, ops: Collection[str]) -> list[str]:
+    """The ops asked for, or all."""
+    for name in names or ():
+        if name not in ops:
+            raise typer.BadParameter(f"no op {name!r}; there are {', '.join(ops)}")
+    return names or list(ops)
+
+
 def main(
     op: Annotated[list[str] | None, typer.Option(help=f"Ops: {', '.join(OPS)}; all by default.")] = None,
     quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: does it run? Not for publication.")] = False,
@@ -339,10 +347,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
 ) -> None:
     """Time the ops of capo next to floors and peers."""
-    names = op or list(OPS)
-    for name in names:
-        if name not in OPS:
-            raise typer.BadParameter(f"no op {name!r}; there are {', '.join(OPS)}")
+    names = chosen(op, OPS)
     threads = threads or torch.get_num_threads()
     gate(names)
     torch.use_deterministic_algorithms(False)

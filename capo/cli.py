@@ -6,13 +6,13 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from capo.errors import UsageError, VerifierError
+from capo.samples import Kind
 
 app = typer.Typer(
     name="capo",
@@ -270,15 +270,6 @@ def train(
         typer.echo(f"stopped by a signal; go on with: {again}")
 
 
-class Kind(str, Enum):
-    """Kinds of responses, as `capo.samples.Sample.is_a` names them."""
-
-    RIGHT = "right"
-    WRONG = "wrong"
-    UNDECIDED = "undecided"
-    FLAGGED = "flagged"
-
-
 @app.command()
 def view(
     file: Path = typer.Argument(help="What `capo score` wrote (.parquet), or samples.jsonl of a training run."),
@@ -307,7 +298,7 @@ def view(
     from capo.view import print_samples, to_html
 
     def wanted(sample: Sample) -> bool:
-        return (not response or sample.id in response) and (not only or any(sample.is_a(kind.value) for kind in only))
+        return (not response or sample.id in response) and (not only or any(kind in only for kind in sample.kinds))
 
     with _usage_errors(ImportError, OSError, ValueError, options=_SCORE_OPTIONS):
         token_bytes = None

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("advantages", "step_starts", "step_ends", "step_weights", "votes")
 _OF_PARQUET = ("response_id", "prompt_index", "response_index", "group", "group_id", "outcome", "token_ids", *_COLUMNS)
+
+
+class Kind(str, Enum):
+    """What a response can be; flagged, and one of the others."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNDECIDED = "undecided"
+    FLAGGED = "flagged"
 
 
 class Run(NamedTuple):
@@ -75,17 +85,10 @@ class Sample:
         return [part for part in self.parts if part.number is not None]
 
     @property
-    def flagged(self) -> bool:
-        """Whether any step has a weight above 0."""
-        return any(step.weight > 0 for step in self.steps)
-
-    def is_a(self, kind: str) -> bool:
-        """Whether the response is of a kind: ``right``, ``wrong``, ``undecided``, ``flagged``."""
-        if kind == "flagged":
-            return self.flagged
-        if self.outcome is None:
-            return kind == "undecided"
-        return kind == ("right" if self.outcome > 0 else "wrong")
+    def kinds(self) -> list[Kind]:
+        """What the response is: its outcome, and flagged if any step has a weight above 0."""
+        outcome = Kind.UNDECIDED if self.outcome is None else Kind.RIGHT if self.outcome > 0 else Kind.WRONG
+        return [outcome, Kind.FLAGGED] if any(step.weight > 0 for step in self.steps) else [outcome]
 
 
 def token_texts(token_ids: Iterable[int], token_bytes: TokenBytes) -> list[str]:

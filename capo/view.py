@@ -6,6 +6,7 @@ characters, which could move a terminal's cursor or turn the direction of writin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
@@ -15,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from capo.samples import Part, Run, Sample
+from capo.samples import Kind, Part, Run, Sample
 
 _SHOWN = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
 _SHOWN[0x7F] = "\u2421"
@@ -68,11 +69,11 @@ def to_html(samples: Sequence[Sample], title: str, note: str = "") -> str:
         f"<section><h2>group {_html(name)}</h2>{''.join(_group(list(members), full))}</section>"
         for name, members in groupby(samples, key=lambda sample: sample.group)
     )
-    counts = {kind: sum(sample.is_a(kind) for sample in samples) for kind in ("right", "wrong", "undecided", "flagged")}
+    counts = Counter(kind for sample in samples for kind in sample.kinds)
     choices = "".join(
-        f'<label><input type="radio" name="kind" id="only-{kind}"> {kind} {count}</label>'
-        for kind, count in counts.items()
-        if count
+        f'<label><input type="radio" name="kind" id="only-{kind.value}"> {kind.value} {counts[kind]}</label>'
+        for kind in Kind
+        if counts[kind]
     )
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -97,13 +98,13 @@ def _group(samples: list[Sample], full: float) -> Iterator[str]:
 
 
 def _response(sample: Sample, full: float, prompt: str | None) -> str:
-    kinds = [kind for kind in ("right", "wrong", "undecided", "flagged") if sample.is_a(kind)]
+    kinds = " ".join(kind.value for kind in sample.kinds)
     question = f"<blockquote>{_html(prompt)}</blockquote>" if prompt else ""
     rows = "".join(_row(part, full) for part in sample.parts)
     replies = "".join(f"<li><pre>{_html(reply)}</pre></li>" for reply in sample.replies)
     said = f"<details><summary>{len(sample.replies)} critiques</summary><ol start=0>{replies}</ol></details>"
     return (
-        f'<article class="{" ".join(kinds)}"><h3>{_html(sample.id)} <b>{_html(_outcome(sample))}</b></h3>{question}'
+        f'<article class="{kinds}"><h3>{_html(sample.id)} <b>{_html(_outcome(sample))}</b></h3>{question}'
         f"<table>{rows}</table>{said if replies else ''}</article>"
     )
 

@@ -64,7 +64,7 @@ def test_a_wrong_variant_of_ours_ends_the_run_and_a_wrong_peer_is_left_out(gpu):
         gpu.measure(case, [dataclasses.replace(peer, backend="native")], gpu.Clock("cpu"), 1, 1.0, True)
 
 
-def test_every_case_of_the_issue_is_there(gpu):
+def test_every_kind_of_input_is_timed(gpu):
     cases = [case for case, _ in gpu.OPS["policy_loss"][2](gpu.Sizes())]
     assert {case.live for case in cases} == {1.0, 0.5, 0.25, 0.05}
     assert {case.sizes["vocab"] for case in cases} == {128_256, 151_936, 151_937, 262_144}

@@ -46,13 +46,13 @@ def test_a_row_as_parts(tmp_path):
     assert (sample.id, sample.group, sample.outcome, sample.prompt) == ("a", "3", 1.0, "2 + 2?")
     assert sample.replies == ["Judgment: No", "no reply: deadline"]
     assert sample.steps == sample.parts[:2]
-    assert [kind for kind in ("right", "wrong", "undecided", "flagged") if sample.is_a(kind)] == ["right", "flagged"]
+    assert sample.kinds == ["right", "flagged"]
 
 
 @pytest.mark.parametrize(("outcome", "kind"), [(0.0, "wrong"), (-1.0, "wrong"), (0.25, "right"), (None, "undecided")])
 def test_kinds(tmp_path, outcome, kind):
     (sample,) = read_samples(file_of(tmp_path, row(outcome=outcome, step_weights=[0.0, 0.0])))
-    assert [name for name in ("right", "wrong", "undecided", "flagged") if sample.is_a(name)] == [kind]
+    assert sample.kinds == [kind]
 
 
 def test_characters_over_several_tokens_and_tokens_without_bytes():
@@ -102,7 +102,7 @@ def test_other_files_are_refused(tmp_path):
 
 def test_wanted_ones_up_to_a_number(tmp_path):
     path = file_of(tmp_path, *(row(response_id=str(number), outcome=number % 2) for number in range(9)))
-    found = read_samples(path, wanted=lambda sample: sample.is_a("right"), most=3)
+    found = read_samples(path, wanted=lambda sample: "right" in sample.kinds, most=3)
     assert [sample.id for sample in found] == ["1", "3", "5"]
 
 
