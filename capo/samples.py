@@ -298,15 +298,17 @@ def _said(item: Any) -> str:
 
 def _prompts(file: Path, wanted: set[int]) -> dict[int, str]:
     """The prompts of some rows, from 0, of a file of rollouts."""
-    from capo.records import read_rows
+    from capo.records import _first, read_rows
+    from capo.shaping import question_text
 
     found: dict[int, str] = {}
     for row in read_rows(file):
         if row.line - 1 in wanted and isinstance(row.record, dict):
-            prompt = row.record.get("prompt", row.record.get("question"))
-            if isinstance(prompt, list):  # of messages
-                prompt = "\n\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt if isinstance(m, dict))
-            found[row.line - 1] = str(prompt)
+            prompt = _first(row.record, "prompt", "question")
+            try:
+                found[row.line - 1] = "" if prompt is None else question_text(prompt)
+            except (AttributeError, TypeError):
+                raise UsageError(f"{file}:{row.line}: prompt must be a string or a list of messages") from None
             if len(found) == len(wanted):
                 break
     return found

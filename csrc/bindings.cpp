@@ -81,12 +81,12 @@ bool is_nonce(PyObject* text) {
 }
 
 // What a critique says, and about it; null if it has none of the usual forms.
-struct Said {
+struct PlainCritique {
   PyObject* what = nullptr;
   PyObject* about = nullptr;
 };
 
-Said flagged_steps(PyObject* critique, int64_t num_steps) {
+PlainCritique flagged_steps(PyObject* critique, int64_t num_steps) {
   static PyObject* const kValid = interned("valid");
   static PyObject* const kError = interned("error");
   static PyObject* const kFlagged = interned("flagged");
@@ -107,7 +107,7 @@ Said flagged_steps(PyObject* critique, int64_t num_steps) {
   return {flagged, Py_None};
 }
 
-Said said_in(PyObject* critique, PyObject* nonce, int64_t num_steps) {
+PlainCritique plain_critique(PyObject* critique, PyObject* nonce, int64_t num_steps) {
   static PyObject* const kText = interned("text");
   static PyObject* const kNonce = interned("nonce");
   PyObject* text = critique;
@@ -126,7 +126,7 @@ py::object plain_critiques(const py::list& critiques, const py::object& nonce, i
   const size_t count = critiques.size();
   py::list what(count), about(count);
   for (size_t i = 0; i < count; ++i) {
-    const Said said = said_in(PyList_GET_ITEM(critiques.ptr(), i), nonce.ptr(), num_steps);
+    const PlainCritique said = plain_critique(PyList_GET_ITEM(critiques.ptr(), i), nonce.ptr(), num_steps);
     if (said.what == nullptr) return py::none();
     PyList_SET_ITEM(what.ptr(), i, Py_NewRef(said.what));
     PyList_SET_ITEM(about.ptr(), i, Py_NewRef(said.about));

@@ -212,13 +212,16 @@ def test_what_score_wrote(tmp_path):
     assert [("".join(run.text for run in part.runs), part.number, list(part.votes)) for part in x.parts] == [
         ("a", 0, [0, -1, -1]), ("\n\nbc", 1, [1, -1, -1])
     ]  # fmt: skip
-    assert x.prompt == y.prompt == "user: spell"
+    assert x.prompt == y.prompt == "spell"
     assert x.replies == ["flagged: [1]", "no reply", "invalid: too_long"] and y.replies == ["Judgment: Yes"]
     pq = pytest.importorskip("pyarrow.parquet")
     written = pq.read_table(out).to_pylist()[1]["advantages"]
     assert [run.advantage for part in x.parts for run in part.runs for _ in range(run.num_tokens)] == written
     with pytest.raises(UsageError, match="--tokenizer"):
         read_samples(out)
+    rollouts.write_text('{"prompt": "other"}\n{"prompt": ["spell"]}\n')
+    with pytest.raises(UsageError, match="rollouts.jsonl:2: prompt must be a string or a list of messages"):
+        read_samples(out, table, rollouts=rollouts)
     with pytest.raises(UsageError, match=r"token 3, but the tokenizer has 2 tokens"):
         read_samples(out, TokenBytes([b"a", b"b"]))
     with pytest.raises(UsageError, match="not a parquet file"):
