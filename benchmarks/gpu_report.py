@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import gpu_epilogue
 import torch
 import triton
 from capo.kernels import backend, launch, product
@@ -42,7 +43,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MULTIPROCESSORS, CLOCK, DRAM, L2 = 132, 1.7e9, 4.3e12, 5.5e12
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor
 # Floating-point operations a second in bfloat16: what cuBLAS reaches on large random matrices, what is assumed of Triton.
-CUBLAS, OWN = 7.9e14, 6.0e14
+CUBLAS, OWN = 7.9e14, 6.7e14
+EPILOGUE = 20  # instructions a logit that gpu_epilogue.py adds to its product, counted by hand in what nvdisasm prints
 
 
 class _NoDevice:
@@ -78,7 +80,7 @@ def compiling(target: GPUTarget, only: Container[str] | None = None):
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(launch, "LANES", target.warp_size),
-        mock.patch.object(product, "limits", lambda device: (generation, product.MEMORY)),
+        mock.patch.object(product, "limits", lambda device: (generation, product.MEMORY, MULTIPROCESSORS)),
     ):
         yield found
 
@@ -127,6 +129,11 @@ def launch_head_options(dtype, rows=4, vocab=128_256):
     backend.add_sum(logits, torch.zeros(vocab), count)
 
 
+def launch_epilogue(dtype, rows=4, vocab=128_256, size=4096):
+    hidden, weight = torch.empty(rows, size, dtype=dtype), torch.empty(vocab, size, dtype=dtype)
+    gpu_epilogue.linear_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.int64), torch.tensor(3))
+
+
 def launch_credit(rule):
     steps = torch.arange(0, 8, 2), torch.arange(2, 9, 2), torch.tensor([0, 2, 4])
     votes, outcomes = torch.zeros(4, 8, dtype=torch.int8), torch.tensor([1.0, 0.0])
@@ -146,6 +153,7 @@ CASES = {
     "linear": lambda: launch_linear(torch.bfloat16, capo.LossRule()),
     "linear, float32": lambda: launch_linear(torch.float32, capo.LossRule(ratio="sequence")),
     "linear, options": lambda: launch_head_options(torch.bfloat16),
+    "experiment": lambda: launch_epilogue(torch.bfloat16),
     "credit": lambda: launch_credit(capo.ops._fields(capo.CreditRule())),
 }
 # Kernels that touch logits, for which every register counts.
@@ -178,6 +186,7 @@ class Kernel:
     evict_last: int  # loads that ask the cache to keep what they read
     atomics: int
     matrix_units: int  # instructions for them
+    block_loads: int  # of blocks in hardware
     loops: list[Loop]
 
     @property
@@ -229,6 +238,7 @@ def describe(case: str, name: str, kernel, target: str) -> Kernel:
             r"(?!)",
             r"_atomic_",
             r"v_mfma_",
+            r"(?!)",
         )
     else:
         text = kernel.asm["ptx"]
@@ -245,6 +255,7 @@ def describe(case: str, name: str, kernel, target: str) -> Kernel:
             r"ld\.global\S*evict_last",
             r"\b(?:atom|red)\.",
             r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)",
+            r"\bcp\.async\.bulk\.tensor",
         )
     counts = [len(re.findall(pattern, text)) for pattern in patterns]
     return Kernel(case, name, registers, spilled, kernel.metadata.shared, kernel.metadata.num_warps, *counts, loops)
@@ -313,11 +324,10 @@ def predictions(kernels: list[Kernel]) -> str:
 
 
 def linear_predictions(rows=4096, size=4096, vocab=128_256) -> str:
-    """Times of the loss from hidden states with both gradients, in one chunk, of matrix products and bytes."""
+    """Times of the loss from hidden states with both gradients, and of log-probabilities, of matrix products and bytes."""
     lines = [
-        f"| {rows} x {size} x {vocab} bf16 | Tflop | programs with work: logits, hidden, weight | products ms | rows ms | programs"
-        + " without work ms | predicted ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| {rows} x {size} x {vocab} bf16 | Tflop | tiles: logits, hidden, weight | products ms | rows ms | predicted ms |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     tall, wide = 128, 256  # a tile
 
@@ -328,6 +338,10 @@ def linear_predictions(rows=4096, size=4096, vocab=128_256) -> str:
         """Time of so many tiles, one on each multiprocessor at a time."""
         return -(-number // MULTIPROCESSORS) * 2 * tall * wide * depth / (OWN / MULTIPROCESSORS)
 
+    def add(name, flop, work, products, rest):
+        times = " | ".join(f"{1e3 * t:.2f}" for t in (products, rest, products + rest))
+        lines.append(f"| {name} | {flop / 1e12:.2f} | {', '.join(map(str, work))} | {times} |")
+
     for live in (1.0, 0.5, 0.25, 0.05):
         count = round(live * rows)
         flop = 6 * count * size * vocab
@@ -335,23 +349,13 @@ def linear_predictions(rows=4096, size=4096, vocab=128_256) -> str:
         own = [waves(work[0], size), waves(work[1], vocab), waves(work[2], -(-count // 64) * 64)]
         own[2] = max(own[2], 2 * vocab * size / DRAM)  # it writes all of its result whatever the number of rows
         logits = 2 * count * vocab / DRAM
-        idle = (tiles(rows, vocab) + tiles(rows, size) - work[0] - work[1]) * 1e-6 / MULTIPROCESSORS
-        for name, products, rest in (
-            ("num_live", flop / CUBLAS, 0.0),
-            ("counted on the device", sum(own), idle),
-        ):
-            times = products, 3 * logits, rest
-            numbers = ", ".join(map(str, work)) if name != "num_live" else ""
-            lines.append(
-                f"| live {live:g}, {name} | {flop / 1e12:.2f} | {numbers} | "
-                + " | ".join(f"{1e3 * t:.2f}" for t in (*times, sum(times)))
-                + " |"
-            )
-    lines.append(
-        f"| log-probabilities, all rows | {2 * rows * size * vocab / 1e12:.2f} |  | "
-        f"{2e3 * rows * size * vocab / CUBLAS:.2f} | {2e3 * rows * vocab / DRAM:.2f} | 0.00 | "
-        f"{2e3 * rows * vocab * (size / CUBLAS + 1 / DRAM):.2f} |"
-    )
+        add(f"live {live:g}, `num_live`", flop, (), flop / CUBLAS, 3 * logits)
+        add(f"live {live:g}, counted on the device", flop, work, sum(own), 3 * logits)
+    flop, work, logits = 2 * rows * size * vocab, tiles(rows, vocab), 2 * rows * vocab / DRAM
+    sums = -(-work // MULTIPROCESSORS) * tall * wide * EPILOGUE / (4 * 32 * CLOCK)
+    add("log-probabilities", flop, (), flop / CUBLAS, logits)
+    add("log-probabilities, counted on the device", flop, (work,), waves(work, size), logits)
+    add("log-probabilities in the epilogue", flop, (work,), waves(work, size), sums)
     return "\n".join(lines)
 
 

@@ -334,13 +334,26 @@ def hidden_cases(rows: int, hidden: int, vocab: int) -> list:
     return [(main, None), *((dataclasses.replace(main, live=live), by_live) for live in LIVE[1:])]
 
 
-def _capo_logprobs(**options) -> Callable:
-    return lambda x: Timed(lambda: capo.linear_logprobs(x.hidden, x.weight, x.labels, **options))
+def _capo_logprobs(x):
+    return Timed(lambda: capo.linear_logprobs(x.hidden, x.weight, x.labels))
+
+
+def _capo_counted_logprobs(x):
+    mask = torch.ones_like(x.labels, dtype=torch.bool)
+    return Timed(lambda: capo.linear_logprobs(x.hidden, x.weight, x.labels, mask=mask))
+
+
+def _epilogue_logprobs(x):
+    function = importlib.import_module("gpu_epilogue").linear_logprobs
+    count = torch.tensor(len(x.labels), device=x.labels.device)
+    return Timed(lambda: function(x.hidden, x.weight, x.labels, count))
 
 
 LOGPROBS_VARIANTS = (
     Variant("one product", "torch", FLOOR, _products(False), note="into memory that is there"),
-    Variant("capo", "native", LOGPROBS, _capo_logprobs()),
+    Variant("capo", "native", LOGPROBS, _capo_logprobs),
+    Variant("capo, mask", "native", LOGPROBS, _capo_counted_logprobs, note="rows are counted on the device"),
+    Variant("in the epilogue", "triton", LOGPROBS, _epilogue_logprobs, note="an experiment: no logits in memory"),
     Variant("eager, chunks", "torch", LOGPROBS, _on_device(linear_variants._eager_chunks)),
     Variant("TRL", "trl", LOGPROBS, _on_device(linear_variants._trl_logprobs)),
 )

@@ -156,11 +156,14 @@ class _Head:
         size, dtype = _rounded(rows), self.hidden.dtype
         # The derivative of the softcap needs the logits as they were before.
         widths = [self.width, self.hidden.shape[1], *([self.width] if self.softcap is not None else [])]
-        sizes = [-(-size * width * dtype.itemsize // 64) * 64 for width in widths]
+        # The kernels of a GPU load blocks whose rows begin at multiples of 16 bytes.
+        multiple = 1 if self.products is None else 16 // dtype.itemsize
+        strides = [-(-width // multiple) * multiple for width in widths]
+        sizes = [-(-size * stride * dtype.itemsize // 64) * 64 for stride in strides]
         with self.kernel("workspace")(sum(sizes), self.hidden.device) as workspace:
             parts = [
-                part[: size * width * dtype.itemsize].view(dtype).view(size, width)
-                for part, width in zip(workspace.split(sizes), widths, strict=True)
+                part[: size * stride * dtype.itemsize].view(dtype).view(size, stride)[:, :width]
+                for part, width, stride in zip(workspace.split(sizes), widths, strides, strict=True)
             ]
             self.buffer, self.inputs, *uncapped = parts
             self.uncapped = uncapped[0] if uncapped else self.buffer

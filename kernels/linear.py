@@ -28,21 +28,15 @@ def workspace(size, device):
 
 
 @triton.jit
-def rates_at(temperature_ptr, index, rates):
-    """``rates``, or if each row has its temperature what they are for that."""
-    if temperature_ptr is None:
-        return rates
-    else:
-        temperature = tl.load(temperature_ptr + index).to(tl.float64)
-        exact = 1.4426950408889634 / temperature
-        rate = exact.to(tl.float32)
-        exact_inverse = 1.0 / temperature
-        inverse = exact_inverse.to(tl.float32)
-        inverse_rest = (exact_inverse - inverse.to(tl.float64)).to(tl.float32)
-        if rates[1] is None:
-            return rate, None, -200.0 / rate, inverse, inverse_rest
-        else:
-            return rate, (exact - rate.to(tl.float64)).to(tl.float32), -200.0 / rate, inverse, inverse_rest
+def rates_at(temperature_ptr, index):
+    """What ``launch.rates_of`` gives, for the temperature of a row."""
+    temperature = tl.load(temperature_ptr + index).to(tl.float64)
+    exact = 1.4426950408889634 / temperature
+    rate = exact.to(tl.float32)
+    exact_inverse = 1.0 / temperature
+    inverse = exact_inverse.to(tl.float32)
+    rest = (exact - rate.to(tl.float64)).to(tl.float32)
+    return rate, rest, -200.0 / rate, inverse, (exact_inverse - inverse.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -69,7 +63,10 @@ def stats_of_head_rows(
             tl.store(stats + k, 0.0)
     else:
         vocab = units * VOCAB_ALIGN
-        rates = rates_at(temperature_ptr, index, (rate, rest, lowest, inverse, inverse_rest))
+        own_rest = rest  # None for logits of 16 bits, which no function of the oldest Triton can return
+        if temperature_ptr is not None:
+            rate, own_rest, lowest, inverse, inverse_rest = rates_at(temperature_ptr, index)
+        rates = (rate, None if rest is None else own_rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(index * stride, ALIGN)
         own = (label >= 0) & (label < vocab)
         at_label, top, total, centred, beyond = sums_of_row(
@@ -99,7 +96,10 @@ def gradient_of_head_rows(
     source = tl.load(rows_ptr + target)
     if source >= 0:
         vocab = units * VOCAB_ALIGN
-        rates = rates_at(temperature_ptr, source, (rate, rest, lowest, inverse, inverse_rest))
+        own_rest = rest  # None for logits of 16 bits, which no function of the oldest Triton can return
+        if temperature_ptr is not None:
+            rate, own_rest, lowest, inverse, inverse_rest = rates_at(temperature_ptr, source)
+        rates = (rate, None if rest is None else own_rest, lowest, inverse, inverse_rest)
         row = logits_ptr + tl.multiple_of(source * stride, ALIGN)
         out = out_ptr + tl.multiple_of(target * out_stride, GRAD_ALIGN)
         stats = stats_ptr + STATS * source

@@ -1,9 +1,12 @@
 """Matrix products over the rows that are live, whose number only the device knows.
 
-What is launched follows from shapes alone. Tiles of rows beyond the number return at once; sums over rows end there. Every
-element is summed by one program in one order, so the bits of a row do not depend on how many there are.
+What is launched follows from shapes alone: a program for each place on the device, which goes through tiles as long as there
+are any. No tile is made of rows beyond the number; sums over rows end there. Every element is summed by one program in one
+order, so the bits of a row do not depend on how many there are. Blocks come by tensor descriptors: Hopper and newer load them
+in hardware, the compiler makes pointers of them for others.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -18,42 +21,42 @@ MEMORY = 150 * 1024  # bytes that three stages of tiles take; devices whose prog
 @triton.jit
 def number_of(count_ptr, first, rows):
     """How many of the rows [first, first + rows) are among the first ``count``."""
-    return tl.minimum(tl.maximum(tl.load(count_ptr) - first, 0), rows)
+    return tl.minimum(tl.maximum(tl.load(count_ptr) - first, 0), rows).to(tl.int32)
+
+
+@triton.jit
+def blocks(matrix_ptr, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A descriptor of the blocks of a matrix: 0 beyond its rows and columns. One without rows is never loaded from."""
+    return tl.make_tensor_descriptor(matrix_ptr, [tl.maximum(rows, 1), columns], [stride, 1], [BLOCK_M, BLOCK_N])
 
 
 @triton.jit(do_not_specialize=["first", "rows"])
 def rows_times_matrix(
-    rows_ptr, rows_stride, matrix_ptr, depth_stride, column_stride, bias_ptr, out_ptr, out_stride, targets_ptr, count_ptr,
-    first, rows, columns, depth, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows_ptr, rows_stride, matrix_ptr, matrix_stride, bias_ptr, out_ptr, out_stride, targets_ptr, count_ptr, first, rows,
+    columns, depth, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``rows @ matrix + bias``. Neighbouring programs share columns of the matrix, which is large."""
-    tiles = tl.cdiv(rows, BLOCK_M)
+    """Tiles of ``rows @ matrix + bias``. Neighbouring programs share columns of the matrix, which is large."""
     number = number_of(count_ptr, first, rows)
-    top = (tl.program_id(0) % tiles) * BLOCK_M
-    if top < number:
-        left_most = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N
-        i = top + tl.arange(0, BLOCK_M)
-        j = left_most + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        # A row beyond the end is the last once more: nothing of it is stored. Within a tile 32 bits are enough.
-        row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - top)
-        known = (j < columns)[None, :]
-        a = rows_ptr + tl.cast(top, tl.int64) * rows_stride
-        b = matrix_ptr + left_most * column_stride
-        a_offsets = row[:, None] * rows_stride + k[None, :]
-        b_offsets = k[:, None] * depth_stride + tl.arange(0, BLOCK_N)[None, :] * column_stride
+    rows_blocks = blocks(rows_ptr, number, depth, rows_stride, BLOCK_M, BLOCK_K)
+    if TRANSPOSED:
+        matrix_blocks = blocks(matrix_ptr, columns, depth, matrix_stride, BLOCK_N, BLOCK_K)
+    else:
+        matrix_blocks = blocks(matrix_ptr, depth, columns, matrix_stride, BLOCK_K, BLOCK_N)
+    high = tl.cdiv(number, BLOCK_M)
+    for tile in tl.range(tl.program_id(0), high * tl.cdiv(columns, BLOCK_N), tl.num_programs(0), flatten=True):
+        top = (tile % high) * BLOCK_M
+        left_most = (tile // high) * BLOCK_N
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, depth, BLOCK_K):
-            if EVEN:
-                left = tl.load(a + a_offsets)
-                right = tl.load(b + b_offsets, mask=known, other=0.0)
+            left = rows_blocks.load([top, start])
+            if TRANSPOSED:
+                right = matrix_blocks.load([left_most, start]).T
             else:
-                left = tl.load(a + a_offsets, mask=(start + k < depth)[None, :], other=0.0)
-                right = tl.load(b + b_offsets, mask=known & (start + k < depth)[:, None], other=0.0)
+                right = matrix_blocks.load([start, left_most])
             total = tl.dot(left, right, total, input_precision=PRECISION)
-            a += BLOCK_K
-            b += BLOCK_K * depth_stride
+        i = top + tl.arange(0, BLOCK_M)
+        j = left_most + tl.arange(0, BLOCK_N)
         if bias_ptr is not None:
             total += tl.load(bias_ptr + j, mask=j < columns, other=0.0).to(tl.float32)[None, :]
         inside = i < number
@@ -62,7 +65,7 @@ def rows_times_matrix(
         else:
             target = tl.load(targets_ptr + i, mask=inside, other=0)
         out = out_ptr + target[:, None] * out_stride + j[None, :]
-        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & known)
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -70,28 +73,28 @@ def add_rows_by_rows(
     left_ptr, left_stride, right_ptr, right_stride, total_ptr, total_stride, count_ptr, rows, height, width,
     WRITTEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``total += left.T @ right``, over rows, or ``total =``, if nothing is WRITTEN there yet. Neighbouring programs
+    """Tiles of ``total += left.T @ right``, over rows, or ``total =``, if nothing is WRITTEN there yet. Neighbouring programs
     share columns of the left, which is large."""
-    tiles = tl.cdiv(width, BLOCK_N)
     number = number_of(count_ptr, 0, rows)
-    if (number > 0) | (not WRITTEN):
-        i = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-        j = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        a_offsets = k[None, :] * left_stride + i[:, None]
-        b_offsets = k[:, None] * right_stride + j[None, :]
+    left_blocks = blocks(left_ptr, number, height, left_stride, BLOCK_K, BLOCK_M)
+    right_blocks = blocks(right_ptr, number, width, right_stride, BLOCK_K, BLOCK_N)
+    wide = tl.cdiv(width, BLOCK_N)
+    tiles = tl.cdiv(height, BLOCK_M) * wide
+    if WRITTEN:
+        tiles = tl.where(number > 0, tiles, 0)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        top = (tile // wide) * BLOCK_M
+        left_most = (tile % wide) * BLOCK_N
+        i = top + tl.arange(0, BLOCK_M)
+        j = left_most + tl.arange(0, BLOCK_N)
         inside = (i < height)[:, None] & (j < width)[None, :]
         total = total_ptr + i.to(tl.int64)[:, None] * total_stride + j[None, :]
         sum_ = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if WRITTEN:
+        if WRITTEN:  # before, not after: then fewer registers are spilled
             sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)
         for start in range(0, number, BLOCK_K):
-            there = start + k < number
-            left = tl.load(left_ptr + a_offsets, mask=there[None, :] & (i < height)[:, None], other=0.0)
-            right = tl.load(right_ptr + b_offsets, mask=there[:, None] & (j < width)[None, :], other=0.0)
-            sum_ = tl.dot(left, right, sum_, input_precision=PRECISION)
-            left_ptr += BLOCK_K * left_stride
-            right_ptr += BLOCK_K * right_stride
+            left = left_blocks.load([start, top])
+            sum_ = tl.dot(left.T, right_blocks.load([start, left_most]), sum_, input_precision=PRECISION)
         tl.store(total, sum_.to(total_ptr.dtype.element_ty), mask=inside)
 
 
@@ -117,38 +120,40 @@ def rows_product(rows, matrix, bias, out, count, first=0, targets=None):
     """``out[targets[i]] = rows[i] @ matrix + bias`` for rows i below ``count - first``; the others are not touched.
 
     Args:
-        rows: [L, K], contiguous.
-        matrix: [K, N], any strides.
+        rows: [L, K].
+        matrix: [K, N], rows or columns contiguous.
         bias: [N], or None.
         out: [.., N], rows of any stride; float32 or the type of rows.
         count: int64 tensor of one number.
         targets: [L] int64, or None: ``out[i]``.
     """
     (size, depth), columns = rows.shape, matrix.shape[1]
-    sizes = tiles(rows.dtype, rows.device)
-    grid = triton.cdiv(size, sizes["BLOCK_M"]) * triton.cdiv(columns, sizes["BLOCK_N"])
-    if grid:
-        with on_device(rows):
-            rows_times_matrix[(grid,)](
-                rows, rows.stride(0), matrix, *matrix.stride(), bias, out, out.stride(0), targets, count, first, size,
-                columns, depth, PRECISION=precision(), EVEN=depth % sizes["BLOCK_K"] == 0, **sizes,
-            )  # fmt: skip
+    transposed = matrix.stride(1) != 1
+    rows, matrix = aligned(rows), aligned(matrix.t() if transposed else matrix)
+    sizes = tiles(rows)
+    with launching(rows):
+        rows_times_matrix[programs(rows, size, columns, sizes)](
+            rows, rows.stride(0), matrix, matrix.stride(0), bias, out, out.stride(0), targets, count, first, size, columns,
+            depth, TRANSPOSED=transposed, PRECISION=precision(), **sizes,
+        )  # fmt: skip
 
 
 def add_product(left, right, total, count, written=True):
     """``total += left[:count].T @ right[:count]``, or ``total =``, if nothing is written there yet. [L, M], [L, N], [M, N];
-    last dimensions contiguous, L above 0"""
-    rows, height, width = len(left), left.shape[1], right.shape[1]
-    sizes = tiles(left.dtype, left.device)
-    if limits(left.device)[0] != 9:  # elsewhere wider tiles do not fit into registers beside the sums before
+    columns contiguous, L above 0"""
+    left, right = aligned(left), aligned(right)
+    height, width = left.shape[1], right.shape[1]
+    sizes = tiles(left)
+    generation = limits(left.device)[0]
+    if generation != 9:  # elsewhere wider tiles do not fit into registers beside the sums before
         sizes["BLOCK_N"] = min(sizes["BLOCK_N"], 128)
-    grid = triton.cdiv(height, sizes["BLOCK_M"]) * triton.cdiv(width, sizes["BLOCK_N"])
-    if grid and rows:
-        with on_device(left):
-            add_rows_by_rows[(grid,)](
-                left, left.stride(0), right, right.stride(0), total, total.stride(0), count, rows, height, width,
-                WRITTEN=written, PRECISION=precision(), **sizes,
-            )  # fmt: skip
+    if generation == 8:
+        sizes["BLOCK_K"] = min(sizes["BLOCK_K"], 32)
+    with launching(left):
+        add_rows_by_rows[programs(left, height, width, sizes)](
+            left, left.stride(0), right, right.stride(0), total, total.stride(0), count, len(left), height, width,
+            WRITTEN=written, PRECISION=precision(), **sizes,
+        )  # fmt: skip
 
 
 def add_sum(values, total, count):
@@ -170,26 +175,53 @@ def add_sum(values, total, count):
             )
 
 
+def aligned(matrix):
+    """The matrix, or a copy whose rows are contiguous and begin at multiples of 16 bytes, as descriptors want it."""
+    width = 16 // matrix.element_size()
+    if matrix.stride(1) == 1 and matrix.stride(0) % width == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    rows, columns = matrix.shape
+    return matrix.new_empty(rows, triton.cdiv(columns, width) * width)[:, :columns].copy_(matrix)
+
+
+@contextlib.contextmanager
+def launching(tensor):
+    """Launches inside go to the device of the tensor, and have memory there for their descriptors."""
+    with on_device(tensor):
+        triton.set_allocator(_scratch)
+        yield
+
+
+def _scratch(size, alignment, stream):
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def programs(tensor, height, width, sizes):
+    """The grid of a product: a program a tile, but no more than are there at once."""
+    number = triton.cdiv(height, sizes["BLOCK_M"]) * triton.cdiv(width, sizes["BLOCK_N"])
+    return (min(number, limits(tensor.device)[2] * (1 if tensor.element_size() == 2 else 2)),)
+
+
 def precision():
     """Of products of float32, as PyTorch is told: tf32 or not."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def tiles(dtype, device):
+def tiles(matrix):
     """Sizes of tiles, warps and stages of a product."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    if matrix.dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
     sizes = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "enable_fp_fusion": True}
-    return {**sizes, "num_stages": stages(device)}
+    return {**sizes, "num_stages": stages(matrix.device)}
 
 
 @functools.cache
 def limits(device):
-    """Generation of the device, and bytes that a program may share."""
+    """Generation of the device, bytes that a program may share, and multiprocessors."""
     if device.type != "cuda":
-        return 9, MEMORY
+        return 9, MEMORY, 3
     properties = torch.cuda.get_device_properties(device)
-    return properties.major, properties.shared_memory_per_block_optin
+    return properties.major, properties.shared_memory_per_block_optin, properties.multi_processor_count
 
 
 def stages(device):

@@ -35,13 +35,19 @@ def powers(z, top, rates):
 
 
 @triton.jit
+def add_pairs(x):
+    """Sums of two neighbours each. [n] -> [n / 2]"""
+    a, b = tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+    return a + b
+
+
+@triton.jit
 def add_neighbours(x, COUNT: tl.constexpr):
-    """Sums of COUNT neighbours each, in an order of their own. [n] -> [n / COUNT]"""
-    if COUNT == 1:
-        return x
-    else:
-        a, b = tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
-        return add_neighbours(a + b, COUNT // 2)
+    """Sums of COUNT neighbours each, 4 or 8, in an order of their own. [n] -> [n / COUNT]"""
+    x = add_pairs(add_pairs(x))
+    if COUNT == 8:  # no recursion: Triton 3.4 compiles none
+        x = add_pairs(x)
+    return x
 
 
 @triton.jit

@@ -363,6 +363,15 @@ def test_products_of_the_first_rows_only(sizes, dtype, device):
         torch.testing.assert_close(sums.double() - 3, some.sum(0), rtol=1e-5, atol=1e-5)
 
 
+def test_a_matrix_is_copied_only_where_its_rows_are_at_odd_places(device):
+    matrix = torch.arange(80.0, device=device).to(torch.bfloat16).view(5, 16)
+    assert all(product.aligned(x) is x for x in (matrix, matrix[:, 8:13], matrix[2:]))
+    for odd in (matrix[:, 1:9], matrix[:, :6].contiguous(), matrix.t(), matrix.view(-1)[1:76].view(5, 15)):
+        copy = product.aligned(odd)
+        assert copy is not odd and torch.equal(copy, odd)
+        assert copy.stride(1) == 1 and copy.stride(0) % 8 == 0 and copy.data_ptr() % 16 == 0
+
+
 def test_a_softcap_and_its_slope_are_those_of_tanh(device):
     z = torch.tensor([[-math.inf, -200.0, -3.0, -1e-4, 0.0, 1e-4, 3.0, 200.0, math.inf, math.nan]], device=device)
     z = torch.cat([z, z.flip(1), z.roll(3, 1)])
