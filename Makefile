@@ -6,6 +6,7 @@
 #   TRL=1.16.0            the newest TRL, which the tests of the adapter run with; .ci/trl has the oldest
 #   VERL=0.9.1            verl, for its formulas and the tests of the adapter
 #   MARKS="not slow and not mutants"   which tests `make test` runs
+#   JOBS=4                 processes of `make test`, each with whole files; one a core, at most four, if not given
 #   PYTEST_ARGS="-x -k credit"         more for pytest
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +14,7 @@ TORCH ?= torch==2.13.0
 TRL ?= 1.16.0
 VERL ?= 0.9.1
 MARKS ?= not mutants
+JOBS ?= auto
 PYTEST_ARGS ?=
 
 RUN := $(VENV)/bin/python
@@ -35,7 +37,7 @@ compare: $(VENV)/.train ## CAPO against GRPO on three seeds
 	$(RUN) examples/arithmetic/compare.py
 
 test: $(VENV)/.develop ## all tests but the mutants; MARKS="not slow and not mutants" is quicker
-	$(VENV)/bin/pytest -m "$(MARKS)" $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -m "$(MARKS)" -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.develop ## ruff, mypy, clang-format: report, change nothing
 	$(VENV)/bin/ruff check .

@@ -391,15 +391,17 @@ def step(rows):
 expected = step(3)
 big = torch.zeros(2_000, 100_000, requires_grad=True)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000,) * 2)
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, limits[1]))
 try:
     capo.policy_loss(big, torch.zeros(2_000, dtype=torch.int64), torch.ones(2_000), None, torch.tensor([0, 2_000]))
 except (RuntimeError, MemoryError) as error:
     assert "allocate" in str(error), error
 else:
     raise SystemExit("800 MB fitted into 200")
-assert not big.any() and big.grad is None
 assert torch.equal(step(3), expected)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+assert not big.any() and big.grad is None
 """
     run(sys.executable, "-c", code, cwd="/")
 
