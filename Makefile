@@ -37,7 +37,7 @@ compare: $(VENV)/.train ## CAPO against GRPO on three seeds
 	$(RUN) examples/arithmetic/compare.py
 
 test: $(VENV)/.develop ## all tests but the mutants; MARKS="not slow and not mutants" is quicker
-	$(VENV)/bin/pytest -m "$(MARKS)" -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -m "$(MARKS)" -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.develop ## ruff, mypy, clang-format: report, change nothing
 	$(VENV)/bin/ruff check .

@@ -170,14 +170,16 @@ class _Head:
             yield
             del self.buffer, self.inputs, self.uncapped
 
-    def logits(self, index: Tensor, count: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+    def logits(self, index: Tensor, count: Tensor | None, first: int, inside: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states of some rows and their logits, in memory that the next call uses again.
 
-        ``count``: only the first ``count - first`` are wanted.
+        ``count``: only the first ``count - first`` are wanted. ``inside``: of the other rows hidden states become 0.
         """
         size = _rounded(len(index))
         inputs, logits = self.inputs[:size], self.uncapped[:size]
         torch.index_select(self.hidden, 0, index, out=inputs[: len(index)])
+        if inside is not None:
+            inputs[: len(index)].masked_fill_(~inside[:, None], 0.0)
         if count is not None:
             inputs, logits = inputs[: len(index)], logits[: len(index)]
             self.kernel("rows_product")(inputs, self.weight.t(), self.bias, logits, count, first)
@@ -210,26 +212,27 @@ class _Head:
 class _Rows:
     """The live rows: what is known of each, in their order.
 
-    ``count``: how many of them are live, on the device; the rest are there to have a shape. None: all. ``counted``: the
-    device was waited for, and is again for rows without gradient.
+    ``counted``: the device was waited for, and is again for rows without gradient. Else the rest are there to have a shape:
+    ``inside`` says which rows are live, and ``count`` how many, for products that ask; None: they are made of all rows.
     """
 
     def __init__(self, head: _Head, live: Tensor, num_live: int | None, labels: Tensor, temperature: Tensor | float):
-        self.head, self.counted, self.count = head, head.products is None, None
+        self.head, self.counted, self.count, self.inside = head, head.products is None, None, None
         checked, number = checks_values(live.device.type), live.sum()
-        if checked and num_live is not None and num_live != int(number):
+        if checked and num_live is not None and num_live < int(number):
             raise ValueError(f"{head.op}: num_live={num_live}, but {int(number)} of {len(live)} tokens are live")
         if self.counted:
             index = live.nonzero()[:, 0]
         else:
             index = (~live).byte().sort(stable=True).indices[:num_live]
+            self.inside = torch.arange(len(index), device=index.device) < number
             self.count = number if num_live is None else None
-        self.index, self.size, labels = index, len(live), labels[index]
+        self.index, self.size, labels = index, len(live), self.there(labels[index])
         self.labels = head.own_labels(labels)
-        if self.count is not None:
-            self.labels = torch.where(self.positions() < self.count, self.labels, ABSENT)
-        # Where nothing is checked, labels outside the vocabulary and a wrong number of live rows give NaN.
-        self.wrong = None if checked or num_live is None else number != num_live
+        if self.inside is not None and num_live is None:
+            self.labels = torch.where(self.inside, self.labels, ABSENT)
+        # Where nothing is checked, labels outside the vocabulary and too many live rows give NaN.
+        self.wrong = None if checked or num_live is None else number > num_live
         self.unknown = None if checked else (labels < 0) | (labels >= head.vocab)
         if self.unknown is not None and self.wrong is not None:
             self.unknown = self.unknown | self.wrong
@@ -238,12 +241,9 @@ class _Rows:
         self.slopes, self.entropy_slopes = self.stats.new_zeros(2, len(index))
         self.row_stats, self.row_logprobs, self.row_grads = map(head.kernel, ("row_stats", "row_logprobs", "row_grads"))
 
-    def positions(self) -> Tensor:
-        return torch.arange(len(self.index), device=self.index.device)
-
     def there(self, values: Tensor) -> Tensor:
         """Values of live rows, 0 for the rest."""
-        return values if self.count is None else torch.where(self.positions() < self.count, values, 0)
+        return values if self.inside is None else torch.where(self.inside, values, 0)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the live rows in a row per token, 0 elsewhere."""
@@ -282,7 +282,8 @@ class _Rows:
         return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
 
     def logits(self, rows: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        return self.head.logits(self.index[rows], self.count, first)
+        inside = self.inside[rows] if self.inside is not None and self.count is None else None
+        return self.head.logits(self.index[rows], self.count, first, inside)
 
     def read(self, rows: Tensor, logits: Tensor) -> None:
         """Take down what the logits of some rows say."""

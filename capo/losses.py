@@ -251,9 +251,9 @@ def linear_policy_loss(
         group: process group over whose ranks ``weight`` (and ``bias``) are split by rows, in the order of the ranks. All
             other arguments are the same on all ranks; ``vocab_size`` counts the rows of all. The loss and the gradient
             of ``hidden`` are whole on each rank.
-        num_live: how many tokens are live, where that is known without asking the GPU; None: it is found out. On a GPU the
-            products are then those of cuBLAS, of these rows, also of those that turn out clipped. A wrong number gives NaN
-            there, and an error on the CPU.
+        num_live: no more tokens than this are live (say those of the mask, counted on the host); None: any number can be. On
+            a GPU the products are then those of cuBLAS, of so many rows, faster than those that ask the device how many
+            there are. If more are live the results are NaN there, and an error on the CPU.
 
     Returns:
         PolicyLoss: ``loss`` is differentiable with respect to ``hidden``, ``weight`` and ``bias``; those that do not
@@ -293,7 +293,7 @@ def linear_logprobs(
 
     Args:
         hidden, weight, bias, softcap, vocab_size, chunk_bytes, group: as of ``linear_policy_loss``.
-        num_live: the number of rows that are read, where it is known without asking the GPU; as of ``linear_policy_loss``.
+        num_live: no more rows than this are read; as of ``linear_policy_loss``.
         labels: [N] int64.
         temperature: logits are divided by it; above 0; one for all rows, or [N] float.
         mask: [N] bool, False for rows that are not read and get 0; None: all are read.

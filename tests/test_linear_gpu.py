@@ -53,7 +53,7 @@ def run(values: dict, rule: LossRule, **options) -> list[torch.Tensor]:
 def test_nothing_waits_for_the_device(rule, chunk):
     values = arguments()
     live = int(values["mask"].sum())
-    for options in ({}, {"num_live": live}):
+    for options in ({}, {"num_live": live}, {"num_live": live + 9}):
         run(values, RULES[rule], chunk_bytes=chunk, **options)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -88,13 +88,13 @@ def test_a_graph_replays_with_another_number_of_live_rows():
     assert all(map(torch.equal, results, expected))
 
 
+@pytest.mark.parametrize("more", [0, 9])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_given_number_gives_the_same_but_for_the_products(rule, dtype):
+def test_a_given_number_gives_the_same_but_for_the_products(rule, dtype, more):
     values = arguments(dtype=dtype)
-    mine, given = (
-        run(values, RULES[rule], chunk_bytes=1, **options) for options in ({}, {"num_live": int(values["mask"].sum())})
-    )
+    number = int(values["mask"].sum()) + more
+    mine, given = (run(values, RULES[rule], chunk_bytes=1, **options) for options in ({}, {"num_live": number}))
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
     for a, b in zip(mine, given, strict=True):
         assert float((a.double() - b.double()).norm()) <= close["rtol"] * float(b.double().norm()) + close["atol"]
