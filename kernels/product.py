@@ -128,6 +128,8 @@ def rows_product(rows, matrix, bias, out, count, first=0, targets=None):
         targets: [L] int64, or None: ``out[i]``.
     """
     (size, depth), columns = rows.shape, matrix.shape[1]
+    if size == 0 or columns == 0:
+        return
     transposed = matrix.stride(1) != 1
     rows, matrix = aligned(rows), aligned(matrix.t() if transposed else matrix)
     sizes = tiles(rows)
@@ -141,9 +143,10 @@ def rows_product(rows, matrix, bias, out, count, first=0, targets=None):
 def add_product(left, right, total, count, written=True):
     """``total += left[:count].T @ right[:count]``, or ``total =``, if nothing is written there yet. [L, M], [L, N], [M, N];
     columns contiguous, L above 0"""
-    left, right = aligned(left), aligned(right)
     height, width = left.shape[1], right.shape[1]
-    sizes = tiles(left)
+    if height == 0 or width == 0:
+        return
+    left, right, sizes = aligned(left), aligned(right), tiles(left)
     generation = limits(left.device)[0]
     if generation != 9:  # elsewhere wider tiles do not fit into registers beside the sums before
         sizes["BLOCK_N"] = min(sizes["BLOCK_N"], 128)
@@ -162,17 +165,9 @@ def add_sum(values, total, count):
     if rows and width:
         with on_device(values):
             add_rows[(triton.cdiv(width, 128),)](
-                values,
-                values.stride(0),
-                total,
-                count,
-                rows,
-                width,
-                BLOCK_N=128,
-                BLOCK_K=64,
-                num_warps=8,
+                values, values.stride(0), total, count, rows, width, BLOCK_N=128, BLOCK_K=64, num_warps=8,
                 enable_fp_fusion=False,
-            )
+            )  # fmt: skip
 
 
 def aligned(matrix):
