@@ -647,8 +647,8 @@ DEVICE_ROWS = [
     Mutant(
         "dead rows have labels",
         TRITON + "test_dead_rows",
-        "self.count, self.labels, ABSENT",
-        "self.count, self.labels, 0",
+        "self.inside, self.labels, ABSENT",
+        "self.inside, self.labels, 0",
     ),
     Mutant(
         "metrics of rows that are not there", FEW, "return self.there(values).sum()", "return values.sum() + self.size"
@@ -660,24 +660,39 @@ DEVICE_ROWS = [
         "lengths do not matter", TRITON + "test_unchecked_lengths", "(cu_seqlens[0] != 0) |", "(cu_seqlens[0] < 0) &"
     ),
     Mutant("a wrong number does not matter", TRITON + "test_a_wrong_number_that", "wrong | rows.wrong", "wrong"),
+    Mutant(
+        "fewer live rows are wrong", TRITON + "test_a_given_number", "num_live < int(number)", "num_live != int(number)"
+    ),
+    Mutant(
+        "fewer live rows are wrong where nobody checks",
+        TRITON + "test_a_wrong_number_that",
+        "number > num_live",
+        "number != num_live",
+    ),
+    Mutant(
+        "hidden states of dead rows are read",
+        TRITON + "test_a_given_number",
+        "masked_fill_(~inside",
+        "masked_fill_(inside",
+    ),
+    Mutant("dead rows have values", TRITON + "test_a_given_number", "torch.where(self.inside, values, 0)", "values"),
 ]
 PRODUCTS_OF_ROWS = [
     Mutant(
         "the number counts from the first row of all", COUNTS, "tl.load(count_ptr) - first, 0", "tl.load(count_ptr), 0"
     ),
     Mutant("the row after the last", COUNTS, "inside = i < number\n", "inside = i <= number\n"),
-    Mutant("sums go one row too far", COUNTS, "there = start + k < number", "there = start + k <= number"),
+    Mutant("sums go one row too far", COUNTS, "blocks(left_ptr, number,", "blocks(left_ptr, number + 1,"),
     Mutant(
         "sums of columns go one row too far", COUNTS, "(start + k < number)[:, None]", "(start + k <= number)[:, None]"
     ),
     Mutant("no targets", COUNTS, "target = tl.load(targets_ptr + i, mask=inside, other=0)", "target = i.to(tl.int64)"),
     Mutant("no bias", COUNTS, "if bias_ptr is not None:", "if bias_ptr is None and False:"),
-    Mutant("only the first of the depth", COUNTS, "a += BLOCK_K\n", "a += 0\n"),
+    Mutant("only the first of the depth", COUNTS, "rows_blocks.load([top, start])", "rows_blocks.load([top, 0])"),
+    Mutant("a tile a program", COUNTS, "tl.num_programs(0), flatten=True", "1 << 20, flatten=True"),
+    Mutant("a tile of a sum a program", COUNTS, "tiles, tl.num_programs(0)):", "tiles, 1 << 20):"),
     Mutant(
-        "depth beyond its end",
-        COUNTS,
-        "(start + k < depth)[None, :], other=0.0",
-        "(start + k > -1)[None, :], other=0.0",
+        "rows at odd places are not copied", TRITON + "test_a_matrix_is_copied", "matrix.stride(0) % width == 0", "True"
     ),
     Mutant(
         "the last product only",
@@ -685,8 +700,8 @@ PRODUCTS_OF_ROWS = [
         "sum_ = tl.load(total, mask=inside, other=0.0).to(tl.float32)",
         "sum_ += 0.0",
     ),
-    Mutant("the first product adds to nothing", COUNTS, "        if WRITTEN:\n", "        if True:\n"),
-    Mutant("without rows nothing is written", COUNTS, "(number > 0) | (not WRITTEN)", "number > 0"),
+    Mutant("the first product adds to nothing", COUNTS, "if WRITTEN:  #", "if True:  #"),
+    Mutant("without rows nothing is written", COUNTS, "    if WRITTEN:\n        tiles", "    if True:\n        tiles"),
     Mutant("the last sum of columns only", COUNTS, "total + tl.sum(sum_, 0)", "tl.sum(sum_, 0)"),
 ]
 LINEAR_ROWS = [
@@ -730,7 +745,7 @@ TRITON_ROWS = [
     Mutant("entropy not centred", OPTIONS, "s * (h * mean - g) / sum_", "s * -g / sum_"),
     Mutant("entropy without its slope", OPTIONS, "beta = (-s * h * LN2 / sum_)", "beta = (0.0 * h)"),
     Mutant("NaN is filled with 0", NAN, 'tl.where(broken, float("nan"), 0.0)', "0.0"),
-    Mutant("16 neighbours are 8", SIZES, "add_neighbours(a + b, COUNT // 2)", "add_neighbours(a, COUNT // 2)"),
+    Mutant("half of the neighbours", SIZES, "return a + b", "return a"),
     Mutant("sums that do not fit are taken", REGIMES, "beyond | tl.where(fits, 0, 1)", "beyond"),
 ]
 TRITON_STATS = [
