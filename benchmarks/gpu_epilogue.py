@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from capo.kernels import product
-from capo.kernels.product import blocks, number_of
+from capo.kernels.product import blocks, number_of, tile_of_product
 
-LOG2_E = 1.4426950408889634
+from capo.reference import LOG2_E
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,11 +27,9 @@ def sums_of_tiles(
         top_most = (tile % high) * BLOCK_M
         part = tile // high
         left_most = part * BLOCK_N
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, depth, BLOCK_K):
-            left = rows_blocks.load([top_most, start])
-            right = matrix_blocks.load([left_most, start])
-            total = tl.dot(left, right.T, total, input_precision=PRECISION)
+        total = tile_of_product(
+            rows_blocks, matrix_blocks, top_most, left_most, depth, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         i = top_most + tl.arange(0, BLOCK_M)
         j = left_most + tl.arange(0, BLOCK_N)
         z = total.to(rows_ptr.dtype.element_ty).to(tl.float32)
@@ -42,9 +40,8 @@ def sums_of_tiles(
         if tl.max(own.to(tl.int32), 0) != 0:
             tl.store(at_label_ptr + i, tl.sum(tl.where(j[None, :] == label[:, None], z, 0.0), 1), mask=own)
         top = tl.max(z, 1)
-        t = tl.maximum(
-            (z - top[:, None]) * rate, -150.0, propagate_nan=tl.PropagateNan.ALL
-        )  # 0 times infinity is no number
+        # Not -inf: 0 times that is no number.
+        t = tl.maximum((z - top[:, None]) * rate, -150.0, propagate_nan=tl.PropagateNan.ALL)
         power = tl.exp2(t)
         parts = parts_ptr + 3 * part.to(tl.int64) * rows + i
         tl.store(parts, top, mask=i < number)

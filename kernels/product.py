@@ -30,6 +30,23 @@ def blocks(matrix_ptr, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl
     return tl.make_tensor_descriptor(matrix_ptr, [tl.maximum(rows, 1), columns], [stride, 1], [BLOCK_M, BLOCK_N])
 
 
+@triton.jit
+def tile_of_product(
+    rows_blocks, matrix_blocks, top, left_most, depth, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The tile at [top, left_most] of ``rows @ matrix``, or of ``rows @ matrix.T`` if TRANSPOSED, in float32."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        left = rows_blocks.load([top, start])
+        if TRANSPOSED:
+            right = matrix_blocks.load([left_most, start]).T
+        else:
+            right = matrix_blocks.load([start, left_most])
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=["first", "rows"])
 def rows_times_matrix(
     rows_ptr, rows_stride, matrix_ptr, matrix_stride, bias_ptr, out_ptr, out_stride, targets_ptr, count_ptr, first, rows,
@@ -47,14 +64,9 @@ def rows_times_matrix(
     for tile in tl.range(tl.program_id(0), high * tl.cdiv(columns, BLOCK_N), tl.num_programs(0), flatten=True):
         top = (tile % high) * BLOCK_M
         left_most = (tile // high) * BLOCK_N
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, depth, BLOCK_K):
-            left = rows_blocks.load([top, start])
-            if TRANSPOSED:
-                right = matrix_blocks.load([left_most, start]).T
-            else:
-                right = matrix_blocks.load([start, left_most])
-            total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = tile_of_product(
+            rows_blocks, matrix_blocks, top, left_most, depth, TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         i = top + tl.arange(0, BLOCK_M)
         j = left_most + tl.arange(0, BLOCK_N)
         if bias_ptr is not None:

@@ -752,11 +752,16 @@ def test_long_responses_take_linear_time(pieces, delimiter):
     pattern = [11 if piece == "" else ids_of(SIMPLE, [piece])[0] for piece in pieces]
     ids = (pattern * 100_000)[:100_000]
     packed = batch(ids)
-    for run in (segment, reference):
-        begin = time.process_time()  # what else runs does not count
+
+    def seconds(run):
+        nonlocal steps
+        begin = time.process_time()  # what else runs counts only as far as it slows the core down
         steps = run(*packed, SIMPLE, delimiter)
-        # 0.3 s at most on an idle core; a time with the square of the length would be minutes.
-        assert time.process_time() - begin < 5.0
+        return time.process_time() - begin
+
+    steps = None
+    for run in (segment, reference):
+        assert any(seconds(run) < 1.0 for _ in range(3))
     if pieces == ["a", "\n\n"] and delimiter != "##":
         assert len(steps.starts) == 50_000  # the last separator joins the step before it
         capped = segment(*packed, SIMPLE, delimiter, max_steps=200)
